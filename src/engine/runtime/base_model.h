@@ -1,0 +1,40 @@
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "model_spec/model_spec.h"
+
+namespace ht::engine {
+
+enum class Recompute { none, norms_mlp, block };
+
+struct EngineOptions {
+  int threads = 0;                          // 0: all cores
+  Recompute recompute = Recompute::none;
+};
+
+// The frozen base: weights of every block and the head, shared by all adapters, the trainer and the sampler.
+class BaseModel {
+ public:
+  // Maps the checkpoint, converts to the compute dtype (float32 on a CPU) and fuses q/k/v and gate/up. `progress` gets a
+  // fraction 0…1. Throws Error(user) naming a missing or misshapen tensor.
+  static std::unique_ptr<BaseModel> load(const std::filesystem::path& dir, const EngineOptions& options,
+                                         const std::function<void(double fraction, const std::string& text)>& progress = {});
+  ~BaseModel();
+
+  const model_spec::ModelSpec& spec() const;
+  const EngineOptions& options() const;
+
+  // The blocks and the head; models/ and layers/ define them.
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  explicit BaseModel(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace ht::engine
