@@ -20,6 +20,16 @@
 
 namespace ht::futures {
 
+// Thrown by submit() beside Error(user): nothing was accepted, the same request may come again.
+class Busy : public Error {  // 429: too many samples are queued
+ public:
+  explicit Busy(const std::string& message) : Error(ErrorCategory::server, message) {}
+};
+class Unavailable : public Error {  // 503: the journal cannot be written (disk full)
+ public:
+  explicit Unavailable(const std::string& message) : Error(ErrorCategory::server, message) {}
+};
+
 enum class Operation : std::uint8_t {
   create_model = 1,
   load_weights = 2,
@@ -83,7 +93,7 @@ class Futures {
   // Before recover(): who completes an operation.
   virtual void set_completion(Operation operation, Completion completion) = 0;
 
-  // Journals, then hands to dispatch; never waits. Error(user): other body under the same key, number below the executed
+  // Journals, then hands to dispatch; never waits. Busy, Unavailable: try again. Error(user): other body under the same key, number below the executed
   // horizon that was never seen. A duplicate answers the first submission's id.
   virtual Submitted submit(Submission submission) = 0;
 

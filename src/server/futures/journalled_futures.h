@@ -1,0 +1,36 @@
+#pragma once
+
+// The implementation of Futures over the journal and dispatch.
+
+#include <boost/asio/io_context.hpp>
+
+#include <chrono>
+#include <cstddef>
+#include <memory>
+
+#include "server/dispatch/dispatch.h"
+#include "server/futures/futures.h"
+#include "server/store/journal.h"
+
+namespace ht::futures {
+
+struct Options {
+  std::chrono::milliseconds retention = std::chrono::hours(1);  // of a finished result
+  std::size_t retention_bytes = std::size_t{2} << 30;           // of all finished results
+  std::size_t memory_bytes = std::size_t{256} << 20;  // of requests and of results held in memory, each; more is re-read
+  std::size_t max_queued_samples = 20000;             // then Busy
+  std::chrono::milliseconds housekeeping{5000};
+};
+
+// Order at start: make_futures, set_completion for every operation, recover(), Dispatch::start().
+class JournalledFutures : public Futures {
+ public:
+  // Rebuilds the table and the lanes from the journal. Throws Error(server) for a journal that cannot be understood.
+  virtual void recover() = 0;
+};
+
+// Sets dispatch's events. `io`, `journal` and `dispatch` outlive the result.
+std::unique_ptr<JournalledFutures> make_futures(boost::asio::io_context& io, store::Journal& journal,
+                                                dispatch::Dispatch& dispatch, Options options = {});
+
+}  // namespace ht::futures
