@@ -1,0 +1,24 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace ht::engine {
+
+// A frozen linear of the base model: y = x Wᵀ + bias. Every GEMM against a base weight goes through the functions below.
+struct BaseLinear {
+  at::Tensor weight;  // float32 (out, in), contiguous
+  at::Tensor bias;    // float32 (out); undefined: none
+};
+
+// x (M, in) -> (M, out).
+at::Tensor linear_forward(const BaseLinear& linear, const at::Tensor& x);
+// The same into `out` (M, out), contiguous: a reused buffer saves the page faults of a large result.
+void linear_forward_out(const BaseLinear& linear, const at::Tensor& x, at::Tensor& out);
+// residual + linear(x), a new tensor (M, out).
+at::Tensor linear_forward_residual(const BaseLinear& linear, const at::Tensor& x, const at::Tensor& residual);
+// dx (M, in) = dy (M, out) W. The base is frozen: there is no gradient of W.
+at::Tensor linear_backward(const BaseLinear& linear, const at::Tensor& dy);
+// dx is written into `out` (M, in).
+void linear_backward_out(const BaseLinear& linear, const at::Tensor& dy, at::Tensor& out);
+
+}  // namespace ht::engine
