@@ -2,7 +2,7 @@
 
 // The append-only journal: checksummed records in numbered segment files. What a record means is its writer's business.
 //
-// A segment begins with a header (magic, its number, a random nonce). A record is {magic u32, length u32, crc32 u32,
+// A segment begins with a header (magic, its number, a random nonce, crc32). A record is {magic u32, length u32, crc32 u32,
 // bytes}, little-endian; the checksum covers the segment's nonce, the record's offset, its length and its bytes, so that
 // no bytes inside a payload can pass for a record.
 
