@@ -20,7 +20,11 @@ class Error : public std::runtime_error {
   ErrorCategory category_;
 };
 
-inline Error user_error(const std::string& message) { return Error(ErrorCategory::user, message); }
-inline Error server_error(const std::string& message) { return Error(ErrorCategory::server, message); }
+inline Error user_error(const std::string& message) {
+  return Error(ErrorCategory::user, message);
+}
+inline Error server_error(const std::string& message) {
+  return Error(ErrorCategory::server, message);
+}
 
 }  // namespace ht

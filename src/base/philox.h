@@ -21,6 +21,8 @@ inline std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> coun
 }
 
 // Uniform in [0, 1) with 24 bits, exact in float32.
-inline float philox_unit(std::uint32_t word) { return static_cast<float>(word >> 8) * 0x1.0p-24f; }
+inline float philox_unit(std::uint32_t word) {
+  return static_cast<float>(word >> 8) * 0x1.0p-24f;
+}
 
 }  // namespace ht
