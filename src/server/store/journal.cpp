@@ -25,7 +25,9 @@ constexpr std::uint32_t kRecordMagic = 0x72544824U;        // "$HTr"
 constexpr std::size_t kFileHeader = 28;                    // magic, segment number, nonce, checksum
 constexpr std::size_t kRecordHeader = 12;                  // magic, length, checksum
 
-std::string reason() { return std::strerror(errno); }
+std::string reason() {
+  return std::strerror(errno);
+}
 
 template <typename T>
 T load(const char* at) {
@@ -229,7 +231,8 @@ RecordPosition Journal::append(std::string_view payload) {
                        std::to_string(kMaxRecordBytes) + " are allowed");
   }
   if (broken_) {
-    if (::ftruncate(fd_, static_cast<off_t>(size_)) != 0) throw server_error("the journal cannot be written: " + reason());
+    if (::ftruncate(fd_, static_cast<off_t>(size_)) != 0)
+      throw server_error("the journal cannot be written: " + reason());
     broken_ = false;
   }
   if (size_ >= options_.segment_bytes && size_ > kFileHeader) open_segment(current_ + 1);
@@ -257,7 +260,8 @@ std::uint64_t Journal::scan(std::uint64_t segment, bool last,
   const std::string bytes = read_file(path);
   const std::string_view file = bytes;
   if (file.size() < kFileHeader || load<std::uint64_t>(file.data()) != kFileMagic ||
-      load<std::uint64_t>(file.data() + 8) != segment || load<std::uint32_t>(file.data() + 24) != header_checksum(file.data())) {
+      load<std::uint64_t>(file.data() + 8) != segment ||
+      load<std::uint32_t>(file.data() + 24) != header_checksum(file.data())) {
     throw server_error("journal " + path.string() + " is damaged at offset 0: not the header of segment " +
                        std::to_string(segment));
   }
@@ -289,9 +293,8 @@ std::string Journal::read(const RecordPosition& position) const {
   if (read_at(fd.value, header.data(), header.size(), 0, path) != header.size() ||
       read_at(fd.value, record.data(), record.size(), position.offset, path) != record.size() ||
       load<std::uint32_t>(record.data()) != kRecordMagic || load<std::uint32_t>(record.data() + 4) != position.length ||
-      load<std::uint32_t>(record.data() + 8) !=
-          checksum(load<std::uint64_t>(header.data() + 16), position.offset,
-                   std::string_view(record).substr(kRecordHeader))) {
+      load<std::uint32_t>(record.data() + 8) != checksum(load<std::uint64_t>(header.data() + 16), position.offset,
+                                                         std::string_view(record).substr(kRecordHeader))) {
     throw server_error("journal " + path.string() + " is damaged at offset " + std::to_string(position.offset));
   }
   record.erase(0, kRecordHeader);
@@ -300,7 +303,8 @@ std::string Journal::read(const RecordPosition& position) const {
 
 std::uint64_t Journal::bytes() const {
   std::uint64_t total = 0;
-  for (std::uint64_t segment = first_; segment < current_; ++segment) total += std::filesystem::file_size(path_of(segment));
+  for (std::uint64_t segment = first_; segment < current_; ++segment)
+    total += std::filesystem::file_size(path_of(segment));
   return total + size_;
 }
 

@@ -2,9 +2,9 @@
 
 // The append-only journal: checksummed records in numbered segment files. What a record means is its writer's business.
 //
-// A segment begins with a header (magic, its number, a random nonce, crc32). A record is {magic u32, length u32, crc32 u32,
-// bytes}, little-endian; the checksum covers the segment's nonce, the record's offset, its length and its bytes, so that
-// no bytes inside a payload can pass for a record.
+// A segment begins with a header (magic, its number, a random nonce, crc32). A record is {magic u32, length u32, crc32
+// u32, bytes}, little-endian; the checksum covers the segment's nonce, the record's offset, its length and its bytes,
+// so that no bytes inside a payload can pass for a record.
 
 #include <cstdint>
 #include <filesystem>
@@ -56,7 +56,7 @@ class Journal {
 
   std::uint64_t first_segment() const { return first_; }
   std::uint64_t current_segment() const { return current_; }
-  std::uint64_t bytes() const;         // of all segments
+  std::uint64_t bytes() const;                              // of all segments
   std::uint64_t torn_bytes() const { return torn_bytes_; }  // cut off by the constructor
   // Deletes segments with a number below `segment` (never the current one).
   void drop_before(std::uint64_t segment);
