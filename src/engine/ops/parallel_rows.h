@@ -1,0 +1,16 @@
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace ht::engine {
+
+// Runs f(row_begin, row_end) over [0, rows) on the engine's threads; a thread gets at least about 16k elements of work.
+template <typename F>
+void parallel_rows(std::int64_t rows, std::int64_t row_size, const F& f) {
+  at::parallel_for(0, rows, std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(1, row_size)), f);
+}
+
+}  // namespace ht::engine
