@@ -4,22 +4,30 @@
 
 namespace ht::engine {
 
-std::vector<at::Tensor> lora_forward(const LoraView& lora, const at::Tensor& x, at::Tensor& y) {
-  std::vector<at::Tensor> saved(lora.segments().size());
-  for (std::size_t i = 0; i < saved.size(); ++i) {
+std::vector<at::Tensor> lora_project(const LoraView& lora, const at::Tensor& x) {
+  std::vector<at::Tensor> u(lora.segments().size());
+  for (std::size_t i = 0; i < u.size(); ++i) {
     const LoraSegment& segment = lora.segments()[i];
     const LoraFactors* factors = lora.factors(segment);
     if (factors == nullptr) continue;
-    const std::int64_t rows = segment.row_end - segment.row_begin;
-    at::Tensor u = at::mm(x.narrow(0, segment.row_begin, rows), factors->a.t());
-    at::Tensor y_segment = y.narrow(0, segment.row_begin, rows);
+    u[i] = at::mm(x.narrow(0, segment.row_begin, segment.row_end - segment.row_begin), factors->a.t());
+  }
+  return u;
+}
+
+std::vector<at::Tensor> lora_forward(const LoraView& lora, const at::Tensor& x, at::Tensor& y) {
+  std::vector<at::Tensor> u = lora_project(lora, x);
+  for (std::size_t i = 0; i < u.size(); ++i) {
+    const LoraSegment& segment = lora.segments()[i];
+    const LoraFactors* factors = lora.factors(segment);
+    if (factors == nullptr) continue;
+    at::Tensor y_segment = y.narrow(0, segment.row_begin, segment.row_end - segment.row_begin);
     for (const LoraPart& part : factors->parts) {
       y_segment.narrow(1, part.out_begin, part.out_end - part.out_begin)
-          .addmm_(u.narrow(1, part.rank_begin, part.rank), part.b.t(), 1.0, segment.adapter->scale);
+          .addmm_(u[i].narrow(1, part.rank_begin, part.rank), part.b.t(), 1.0, segment.adapter->scale);
     }
-    saved[i] = std::move(u);
   }
-  return saved;
+  return u;
 }
 
 void lora_backward(const LoraView& lora, const at::Tensor& x, const std::vector<at::Tensor>& u, const at::Tensor& dy,
@@ -45,7 +53,7 @@ void lora_backward(const LoraView& lora, const at::Tensor& x, const std::vector<
       at::Tensor grad_a = factors->grad_a;
       grad_a.addmm_(du.t(), x.narrow(0, segment.row_begin, rows), 1.0, scale);
     }
-    dx.narrow(0, segment.row_begin, rows).addmm_(du, factors->a, 1.0, scale);
+    if (dx.defined()) dx.narrow(0, segment.row_begin, rows).addmm_(du, factors->a, 1.0, scale);
   }
 }
 

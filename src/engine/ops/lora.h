@@ -13,8 +13,11 @@ namespace ht::engine {
 //   lora_backward needs. LoRA: Hu et al. 2021, equation 3; peft's LoraLayer.forward with scaling = alpha / r.
 std::vector<at::Tensor> lora_forward(const LoraView& lora, const at::Tensor& x, at::Tensor& y);
 
-// Given dy (T, out): dx[segment] += scale · (dy B) A in place, and the gradients of A and B are added into the factors'
-// grad_a and grad_b (skipped where these are undefined). `u` is what lora_forward returned.
+// u alone: x Aᵀ per segment.
+std::vector<at::Tensor> lora_project(const LoraView& lora, const at::Tensor& x);
+
+// Given dy (T, out): dx[segment] += scale · (dy B) A in place (an undefined dx is left out), and the gradients of A and B
+// are added into the factors' grad_a and grad_b (skipped where these are undefined). `u` is what lora_forward returned.
 void lora_backward(const LoraView& lora, const at::Tensor& x, const std::vector<at::Tensor>& u, const at::Tensor& dy,
                    at::Tensor& dx);
 
