@@ -33,14 +33,15 @@ struct GroupOptions {
 };
 
 struct Options {
-  std::filesystem::path snapshot_dir;          // a directory a group below it
-  double snapshot_after_seconds = 60.0;        // of compute since the last cut: what a replay would cost
+  std::filesystem::path snapshot_dir;                         // a directory a group below it
+  double snapshot_after_seconds = 60.0;                       // of compute since the last cut: what a replay would cost
   std::size_t snapshot_after_bytes = std::size_t{512} << 20;  // of requests since the last cut
-  std::size_t model_in_flight = 64;            // requests sent ahead to the worker, per model
+  std::size_t snapshot_after_requests = 20000;                // ditto
+  std::size_t model_in_flight = 64;                           // requests sent ahead to the worker, per model
   std::size_t model_in_flight_bytes = std::size_t{64} << 20;
   std::size_t samples_in_flight = 512;
   std::size_t samples_in_flight_bytes = std::size_t{64} << 20;
-  int max_crashes = 3;                         // of a worker by one request, which then fails
+  int max_crashes = 3;  // of a worker by one request, which then fails
   std::chrono::milliseconds backoff_first{200};
   std::chrono::milliseconds backoff_max{30000};
   std::chrono::milliseconds stop_grace{2000};
@@ -55,13 +56,13 @@ struct Item {
   RequestId number = 0;
   Kind kind = Kind::train;
   std::string base_dir;
-  std::string model;         // the lane; empty for a sample
-  std::int64_t seq = 0;      // place in the lane: 0 create, kDropSeq drop
-  std::size_t bytes = 0;     // of the encoded request
-  std::string version;       // publish: the version made; sample: the version read
+  std::string model;             // the lane; empty for a sample
+  std::int64_t seq = 0;          // place in the lane: 0 create, kDropSeq drop
+  std::size_t bytes = 0;         // of the encoded request
+  std::string version;           // publish: the version made; sample: the version read
   bool waits_for_files = false;  // publish: its files are complete when it is done
-  bool completed = false;    // recovery: its outcome is in the journal
-  bool applied = false;      // recovery: and the worker had done it
+  bool completed = false;        // recovery: its outcome is in the journal
+  bool applied = false;          // recovery: and the worker had done it
 };
 inline constexpr std::int64_t kDropSeq = INT64_MAX;
 
@@ -71,12 +72,12 @@ Item describe(Item item, const worker_protocol::RequestBody& body);
 enum class GroupState { stopped, loading, restoring, ready, waiting };  // waiting: for the next start, after a crash
 struct GroupStatus {
   GroupState state = GroupState::stopped;
-  double progress = 0;       // of loading, 0…1
-  std::string text;          // "loading the base model", …: queue_state_reason while not ready
-  std::string last_error;    // of the last exit or failed start
+  double progress = 0;     // of loading, 0…1
+  std::string text;        // "loading the base model", …: queue_state_reason while not ready
+  std::string last_error;  // of the last exit or failed start
   int restarts = 0;
   std::optional<worker_protocol::WorkerInfo> info;  // of the running or the last worker
-  int pid = 0;               // 0: none
+  int pid = 0;                                      // 0: none
 };
 
 struct LaneCounts {
@@ -91,7 +92,12 @@ struct SnapshotCut {
   std::map<std::string, std::int64_t> covered;  // model → the last number inside
 };
 
-enum class NumberState { fresh, passed, taken, closed };  // passed: below the horizon; taken: parked, queued or consumed
+enum class NumberState {
+  fresh,
+  passed,
+  taken,
+  closed
+};  // passed: below the horizon; taken: parked, queued or consumed
 
 // All calls and events on the io_context's thread.
 class Dispatch {
@@ -112,7 +118,7 @@ class Dispatch {
   void set_events(Events events);
   // Starts all workers. Before it, lanes may be filled (recovery).
   void start();
-  // Stops all workers; `on_stopped` is not needed: their processes end with their streams.
+  // Stops all workers.
   void stop();
 
   bool has_group(const std::string& base_dir) const;
@@ -123,13 +129,15 @@ class Dispatch {
 
   NumberState number_state(const std::string& model, std::int64_t seq) const;
   void submit(const Item& item);
-  void consume(const std::string& base_dir, const std::string& model, std::int64_t seq);
+  // The number will never come. False: there is no such lane.
+  bool consume(const std::string& model, std::int64_t seq);
   // The outcome is journalled. `applied`: the worker did it, so a recovery must do it again.
   void completed(RequestId number, bool applied);
   // Samples only: out of the queue, or cancelled at the worker.
   void cancel_sample(RequestId number);
   // Takes out what is not with the worker yet and closes the lane to all but the drop. Returns what was taken.
   std::vector<RequestId> close_lane(const std::string& model);
+  bool has_lane(const std::string& model) const;
 
   // A request that a recovery would need again.
   bool needed(RequestId number) const;

@@ -1,0 +1,296 @@
+#include "server/dispatch/group.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "base/logging.h"
+
+namespace ht::dispatch {
+
+namespace wp = worker_protocol;
+
+namespace {
+
+// Ids of control requests: no journal number is that high.
+constexpr RequestId kControlBit = RequestId{1} << 63;
+
+double compute_seconds(const wp::DoneBody& body) {
+  if (const auto* train = std::get_if<wp::TrainResult>(&body)) return train->compute_seconds;
+  if (const auto* step = std::get_if<wp::OptimResult>(&body)) return step->compute_seconds;
+  return 0;
+}
+
+// The server makes the directories that a worker writes into; a recovery may find one moved away already.
+void make_target_dir(const wp::RequestBody& body) {
+  if (const auto* save = std::get_if<wp::SaveAdapter>(&body)) std::filesystem::create_directories(save->dir);
+  const auto* publish = std::get_if<wp::PublishVersion>(&body);
+  if (publish != nullptr && !publish->dir.empty()) std::filesystem::create_directories(publish->dir);
+}
+
+}  // namespace
+
+Group::Group(boost::asio::io_context& io, const Options& options, GroupOptions group, const Dispatch::Events& events)
+    : io_(io), options_(options), group_(std::move(group)), events_(events), timer_(io) {}
+
+Group::~Group() {
+  ++*epoch_;
+}
+
+Lane* Group::find_lane(const std::string& model) {
+  const auto found = lanes_.find(model);
+  return found == lanes_.end() ? nullptr : &found->second;
+}
+
+Lane& Group::lane(const std::string& model) {
+  return lanes_.try_emplace(model, model).first->second;
+}
+
+Entry* Group::entry_of(RequestId number) {
+  const auto found = index_.find(number);
+  if (found == index_.end()) return nullptr;
+  const auto entry = found->second.lane->entries().find(found->second.seq);
+  return entry == found->second.lane->entries().end() ? nullptr : &entry->second;
+}
+
+void Group::submit(const Item& item) {
+  if (item.kind == Kind::sample) {
+    if (item.completed) return;
+    samples_[item.number] = SampleEntry{item};
+    waiting_.insert(item.number);
+    if (state_ == GroupState::ready) pump_samples();
+    return;
+  }
+  Lane& of = lane(item.model);
+  if (item.completed && !item.applied) return consume(of, item.seq);
+  if (item.kind == Kind::publish) {
+    of.versions.insert(item.version);
+    const bool files = item.completed && item.waits_for_files;
+    versions_[item.version] = Version{files, files, false};
+  }
+  of.add(item);
+  index_[item.number] = Place{&of, item.seq};
+  if (state_ == GroupState::ready) pump_lane(of);
+}
+
+void Group::consume(Lane& lane, std::int64_t seq) {
+  lane.consume(seq);
+  if (state_ == GroupState::ready) pump_lane(lane);
+}
+
+void Group::forget(Lane& lane, std::int64_t seq) {
+  const auto found = lane.entries().find(seq);
+  if (found == lane.entries().end()) return;
+  index_.erase(found->second.item.number);
+  lane.erase(seq);
+}
+
+void Group::completed(RequestId number, bool applied) {
+  Entry* entry = entry_of(number);
+  if (entry == nullptr) return;
+  const Place place = index_.at(number);
+  entry->item.completed = true;
+  entry->item.applied = applied;
+  if (!entry->replayable()) {
+    forget(*place.lane, place.seq);
+    if (state_ == GroupState::ready) pump_lane(*place.lane);
+  }
+  if (cut_) try_adopt();
+}
+
+void Group::cancel_sample(RequestId number) {
+  const auto found = samples_.find(number);
+  if (found == samples_.end()) return;
+  if (found->second.sent) {
+    found->second.cancelled = true;
+    send_control(wp::Cancel{number});
+  } else {
+    waiting_.erase(number);
+    samples_.erase(found);
+  }
+}
+
+std::vector<RequestId> Group::close_lane(Lane& lane) {
+  std::vector<RequestId> numbers;
+  for (const Entry& entry : lane.close()) {
+    numbers.push_back(entry.item.number);
+    index_.erase(entry.item.number);
+    if (entry.item.kind == Kind::publish) settle_version(entry.item, false);
+  }
+  return numbers;
+}
+
+bool Group::needed(RequestId number) const {
+  return owns(number);
+}
+
+void Group::count(LaneCounts& counts) const {
+  for (const auto& [model, lane] : lanes_) {
+    for (const auto& [seq, entry] : lane.entries()) {
+      if (entry.item.completed || entry.executed) continue;
+      ++(entry.sent ? counts.running : seq < lane.horizon() || lane.closed() ? counts.queued : counts.parked);
+    }
+  }
+  counts.queued += waiting_.size();
+  counts.running += samples_.size() - waiting_.size();
+}
+
+RequestId Group::send_control(wp::RequestBody body) {
+  const RequestId id = kControlBit | next_control_++;
+  if (worker_) worker_->send(wp::Request{id, std::move(body)});
+  return id;
+}
+
+bool Group::send(RequestId number, const Item& item) {
+  try {
+    wp::RequestBody body = events_.body(number);
+    make_target_dir(body);
+    worker_->send(wp::Request{number, std::move(body)});
+    return true;
+  } catch (const std::exception& error) {
+    spdlog::error("{}: request {} cannot be sent: {}", group_.name, number, error.what());
+    if (!item.completed) events_.failed(number, wp::Failure{ErrorCategory::server, error.what()});
+    return false;
+  }
+}
+
+void Group::pump() {
+  if (state_ != GroupState::ready) return;
+  if (careful_) return pump_carefully();
+  for (auto& [model, lane] : lanes_) pump_lane(lane);
+  pump_samples();
+}
+
+void Group::pump_lane(Lane& lane) {
+  if (state_ != GroupState::ready) return;
+  if (careful_) return pump_carefully();
+  while (Entry* entry = lane.next_to_send()) {
+    if (lane.in_flight > 0 && (lane.in_flight >= options_.model_in_flight ||
+                               lane.in_flight_bytes + entry->item.bytes > options_.model_in_flight_bytes)) {
+      return;
+    }
+    lane.mark_sent(*entry);
+    const Item item = entry->item;
+    // What cannot be read again is left out (it was failed, unless its outcome was delivered long ago).
+    if (!send(item.number, item)) forget(lane, item.seq);
+  }
+}
+
+void Group::pump_samples() {
+  if (state_ != GroupState::ready) return;
+  if (careful_) return pump_carefully();
+  for (auto it = waiting_.begin(); it != waiting_.end();) {
+    const RequestId number = *it++;
+    SampleEntry& sample = samples_.at(number);
+    if (samples_in_flight_ > 0 && (samples_in_flight_ >= options_.samples_in_flight ||
+                                   samples_in_flight_bytes_ + sample.item.bytes > options_.samples_in_flight_bytes)) {
+      return;
+    }
+    const auto version = versions_.find(sample.item.version);
+    if (!sample.item.version.empty() && version != versions_.end() && !version->second.made) {
+      if (!version->second.failed) continue;  // its publish is not done
+      waiting_.erase(number);
+      const Item item = sample.item;
+      samples_.erase(number);
+      events_.failed(number, wp::Failure{ErrorCategory::server, "the weights " + item.version + " were not published"});
+      return pump_samples();
+    }
+    waiting_.erase(number);
+    sample.sent = true;
+    ++samples_in_flight_;
+    samples_in_flight_bytes_ += sample.item.bytes;
+    const Item item = sample.item;
+    if (!send(number, item)) {
+      --samples_in_flight_;
+      samples_in_flight_bytes_ -= item.bytes;
+      samples_.erase(number);
+    }
+    it = waiting_.upper_bound(number);
+  }
+}
+
+void Group::on_reply(wp::Reply reply) {
+  if (const auto* executed = std::get_if<wp::MicroBatchExecuted>(&reply.body)) {
+    return on_micro_batch(executed->micro_batch);
+  }
+  if ((reply.id & kControlBit) != 0) return on_control(reply);
+  if (std::holds_alternative<wp::Progress>(reply.body)) return;
+  if (const auto found = index_.find(reply.id); found != index_.end()) {
+    on_training(found->second, reply);
+  } else if (samples_.contains(reply.id)) {
+    on_sample(reply.id, reply);
+  }
+}
+
+void Group::on_micro_batch(const wp::MicroBatch& micro_batch) {
+  if (replay_cursor_ < micro_batches_.size()) {
+    if (micro_batches_[replay_cursor_].slices == micro_batch.slices) {
+      ++replay_cursor_;
+      return;
+    }
+    spdlog::error("{}: the worker composed micro-batch {} of the replay in another way", group_.name, replay_cursor_);
+  }
+  events_.micro_batch(group_.base_dir, micro_batch);
+  micro_batches_.insert(micro_batches_.begin() + static_cast<std::ptrdiff_t>(replay_cursor_), micro_batch);
+  ++replay_cursor_;
+  mark_mixed(micro_batch);
+}
+
+void Group::on_training(Place place, wp::Reply& reply) {
+  Entry* entry = entry_of(reply.id);
+  if (entry == nullptr || !entry->sent || entry->executed) return;
+  place.lane->mark_executed(*entry);
+  executed_bytes_ += entry->item.bytes;
+  crashes_in_a_row_ = 0;
+  const Item item = entry->item;
+  auto* done = std::get_if<wp::Done>(&reply.body);
+  if (done != nullptr) compute_seconds_ += compute_seconds(done->body);
+  if (item.kind == Kind::publish) settle_version(item, done != nullptr);
+  if (item.kind == Kind::drop) {
+    for (const std::string& version : place.lane->versions) {
+      if (versions_.erase(version) > 0) send_control(wp::DropVersion{version});
+    }
+    place.lane->versions.clear();
+  }
+  Lane& lane = *place.lane;
+  if (!item.completed) {
+    if (done != nullptr) {
+      events_.done(reply.id, std::move(done->body));
+    } else {
+      events_.failed(reply.id, std::get<wp::Failure>(reply.body));
+    }
+  } else if (done == nullptr) {
+    spdlog::error("{}: request {} was done before the restart and failed in the replay: {}", group_.name, reply.id,
+                  std::get<wp::Failure>(reply.body).message);
+  }
+  pump_lane(lane);
+  maybe_snapshot();
+}
+
+void Group::settle_version(const Item& item, bool made) {
+  Version& version = versions_[item.version];
+  version.made = made;
+  version.failed = !made;
+  if (made && item.waits_for_files) version.on_disk = true;
+  pump_samples();
+}
+
+void Group::on_sample(RequestId number, wp::Reply& reply) {
+  const auto found = samples_.find(number);
+  if (!found->second.sent) return;
+  --samples_in_flight_;
+  samples_in_flight_bytes_ -= found->second.item.bytes;
+  crashes_in_a_row_ = 0;
+  const bool cancelled = found->second.cancelled;
+  samples_.erase(found);
+  if (!cancelled) {
+    if (auto* done = std::get_if<wp::Done>(&reply.body)) {
+      events_.done(number, std::move(done->body));
+    } else {
+      events_.failed(number, std::get<wp::Failure>(reply.body));
+    }
+  }
+  pump_samples();
+}
+
+}  // namespace ht::dispatch

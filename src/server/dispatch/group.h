@@ -1,0 +1,146 @@
+#pragma once
+
+// One worker group: its process from start to restart, what is sent to it, and the way back after a crash.
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+
+#include <chrono>
+#include <deque>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "server/dispatch/dispatch.h"
+#include "server/dispatch/lane.h"
+#include "server/workers/worker_group.h"
+
+namespace ht::dispatch {
+
+class Group {
+ public:
+  Group(boost::asio::io_context& io, const Options& options, GroupOptions group, const Dispatch::Events& events);
+  ~Group();
+
+  const GroupOptions& options() const { return group_; }
+  GroupStatus status() const;
+  void start();
+  void stop();
+  void set_token_table(const std::string& path);
+
+  Lane* find_lane(const std::string& model);
+  Lane& lane(const std::string& model);
+  const std::map<std::string, Lane>& lanes() const { return lanes_; }
+  void submit(const Item& item);
+  void consume(Lane& lane, std::int64_t seq);
+  void completed(RequestId number, bool applied);
+  bool owns(RequestId number) const { return index_.contains(number) || samples_.contains(number); }
+  void cancel_sample(RequestId number);
+  std::vector<RequestId> close_lane(Lane& lane);
+  bool needed(RequestId number) const;
+  void count(LaneCounts& counts) const;
+  std::size_t queued_samples() const { return waiting_.size(); }
+
+  const std::string& snapshot_dir() const { return snapshot_dir_; }
+  void restore_snapshot(const SnapshotCut& cut);
+  void restore_micro_batch(const worker_protocol::MicroBatch& micro_batch);
+  void restore_version(Lane& lane, const std::string& version);
+  // Recovery is over: what need not run again is let go.
+  void settle();
+
+ private:
+  struct SampleEntry {
+    Item item;
+    bool sent = false;
+    bool cancelled = false;
+    int crashes = 0;
+  };
+  struct Place {
+    Lane* lane = nullptr;
+    std::int64_t seq = 0;
+  };
+  struct Version {
+    bool made = false;     // the running worker has it, or its files are complete
+    bool on_disk = false;  // its files are complete
+    bool failed = false;
+  };
+  struct PendingCut {
+    SnapshotCut cut;
+    double compute_seconds = 0;  // that it saves
+    bool answered = false;       // by the worker
+  };
+
+  // group.cpp: sending and replies
+  void pump();
+  void pump_lane(Lane& lane);
+  void pump_samples();
+  bool send(RequestId number, const Item& item);
+  void on_reply(worker_protocol::Reply reply);
+  void on_control(const worker_protocol::Reply& reply);
+  void on_micro_batch(const worker_protocol::MicroBatch& micro_batch);
+  void on_training(Place place, worker_protocol::Reply& reply);
+  void on_sample(RequestId number, worker_protocol::Reply& reply);
+  void settle_version(const Item& item, bool made);
+  Entry* entry_of(RequestId number);
+  void forget(Lane& lane, std::int64_t seq);
+  RequestId send_control(worker_protocol::RequestBody body);
+
+  // group_recovery.cpp: start, crash, restart, snapshots
+  std::filesystem::path snapshot_root() const;
+  void launch();
+  void on_loaded(const worker_protocol::Reply& reply);
+  void begin();
+  std::vector<worker_protocol::MicroBatch> micro_batches_to_replay() const;
+  void on_exit(const std::string& reason);
+  void blame(const std::string& reason);
+  void rewind();
+  void pump_carefully();
+  void maybe_snapshot();
+  void on_snapshot(const worker_protocol::Reply& reply);
+  void try_adopt();
+  void discard_cut(std::chrono::milliseconds pause);
+  void drop_covered(const SnapshotCut& cut);
+  void prune_micro_batches();
+  void mark_mixed(const worker_protocol::MicroBatch& micro_batch);
+  void abandon_worker(const std::string& reason);
+
+  boost::asio::io_context& io_;
+  const Options& options_;
+  GroupOptions group_;
+  const Dispatch::Events& events_;
+
+  std::unique_ptr<workers::WorkerGroup> worker_;
+  // Of the running worker: late callbacks of an older one are ignored.
+  std::shared_ptr<std::uint64_t> epoch_ = std::make_shared<std::uint64_t>(0);
+  GroupState state_ = GroupState::stopped;
+  GroupStatus status_;
+  std::string token_table_;
+  boost::asio::steady_timer timer_;
+  int crashes_in_a_row_ = 0;  // without a finished request between them
+  bool careful_ = false;      // find out which request kills the worker: one at a time
+  RequestId next_control_ = 1;
+  RequestId initialize_ = 0, restore_ = 0, snapshot_ = 0, token_table_request_ = 0;
+
+  std::map<std::string, Lane> lanes_;
+  std::unordered_map<RequestId, Place> index_;  // of the lanes' entries
+  std::map<RequestId, SampleEntry> samples_;
+  std::set<RequestId> waiting_;  // samples not sent
+  std::size_t samples_in_flight_ = 0, samples_in_flight_bytes_ = 0;
+  std::unordered_map<std::string, Version> versions_;
+
+  std::string snapshot_dir_;
+  std::deque<worker_protocol::MicroBatch> micro_batches_;  // since the cut
+  std::size_t replay_cursor_ = 0;                          // those that the running worker has executed
+  std::optional<PendingCut> cut_;
+  std::chrono::steady_clock::time_point next_snapshot_{};
+  double compute_seconds_ = 0;      // since the cut
+  std::size_t executed_bytes_ = 0;  // ditto
+  std::uint64_t snapshots_made_ = 0;
+};
+
+}  // namespace ht::dispatch
