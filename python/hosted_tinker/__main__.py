@@ -1,0 +1,4 @@
+from hosted_tinker.cli import main
+
+if __name__ == "__main__":
+    main()
