@@ -29,7 +29,7 @@ struct Request {
 
   // Case-insensitive; empty when absent.
   std::string_view header(std::string_view name) const;
-  // True once the client has closed the connection (a parked long poll).
+  // True once the client has closed the connection (a parked long poll). One poll(2); usable until the handler ends.
   std::function<bool()> client_gone;
 };
 
@@ -48,7 +48,8 @@ using Handler = std::function<boost::asio::awaitable<Response>(const Request&)>;
 
 class Router {
  public:
-  // Pattern segments: literal, or {name} for one segment. Unknown path: 404; known path, other method: 405.
+  // Pattern segments: literal, or {name} for one non-empty segment; a literal beats a {name}. Unknown path: 404; known
+  // path, other method: 405. HEAD is answered by GET's route, without the body.
   void add(std::string_view method, std::string_view pattern, Handler handler);
   // Answers paths without a route (default: 404 naming the path).
   void set_fallback(Handler handler);
@@ -58,6 +59,7 @@ class Router {
     std::map<std::string, std::string> params;
     bool path_known = false;
   };
+  // `path` as sent, percent-encoded: an encoded '/' does not end a segment. Throws Error(user) for a bad encoding.
   Match match(std::string_view method, std::string_view path) const;
   const Handler* fallback() const;
 
@@ -77,14 +79,17 @@ struct ServerOptions {
   std::size_t max_body_bytes = std::size_t{256} << 20;
   std::size_t max_header_bytes = 32 << 10;
   std::size_t max_connections = 16384;
-  std::chrono::seconds read_timeout{60};    // of one request, once its first byte came
-  std::chrono::seconds idle_timeout{600};   // between requests
+  // Of one request once its first byte came, and of one response; each MiB of a body adds a second.
+  std::chrono::seconds read_timeout{60};
+  std::chrono::seconds idle_timeout{600};  // between requests
 };
 
-// HTTP/1.1, keep-alive, one coroutine a connection.
+// HTTP/1.1, keep-alive, one coroutine a connection. A connection above max_connections gets a 503. `router` outlives
+// it.
 class Server {
  public:
-  // An oversized body is given to `on_refused_body` (its first 64 KiB, for the sequence number in it), then answered 400.
+  // An oversized body is given to `on_refused_body` (its first 64 KiB, for the sequence number in it), then answered
+  // 400. `params` are those of the route that the request would have had.
   using RefusedBody = std::function<void(const Request& head_of_body)>;
 
   Server(boost::asio::io_context& io, ServerOptions options, const Router& router, RefusedBody on_refused_body = {});
@@ -93,7 +98,8 @@ class Server {
   // Binds and listens. Throws Error(user) naming host and port when they cannot be bound.
   void start();
   std::uint16_t port() const;
-  // Stops accepting, lets running requests finish within `grace`, then closes.
+  // Returns at once. Refuses new connections, closes idle ones, lets running requests finish within `grace`, then
+  // cancels their handlers (the pending await throws operation_aborted) and closes. Over when open_connections() is 0.
   void stop(std::chrono::milliseconds grace);
 
   std::size_t open_connections() const;

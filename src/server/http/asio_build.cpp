@@ -1,0 +1,2 @@
+// The one compilation of Asio for the whole server (BOOST_ASIO_SEPARATE_COMPILATION).
+#include <boost/asio/impl/src.hpp>
