@@ -5,11 +5,10 @@
 #include <memory>
 #include <string>
 
+#include "engine/layers/recompute.h"
 #include "model_spec/model_spec.h"
 
 namespace ht::engine {
-
-enum class Recompute { none, norms_mlp, block };
 
 struct EngineOptions {
   int threads = 0;                          // 0: all cores
@@ -29,7 +28,7 @@ class BaseModel {
   const EngineOptions& options() const;
 
   // The blocks and the head; models/ and layers/ define them.
-  struct Impl;
+  struct Impl;  // runtime/base_model_impl.h
   const Impl& impl() const { return *impl_; }
 
  private:
