@@ -30,13 +30,13 @@ struct LossConfig {
 // What a loss takes, for validation and for error messages.
 struct LossSpec {
   LossKind kind;
-  std::string_view name;                           // the SDK's spelling
-  std::vector<std::string_view> required_inputs;   // beside target_tokens, each of target_tokens' shape
-  std::vector<std::string_view> optional_inputs;   // ditto
-  std::vector<std::string_view> config_keys;       // allowed keys of loss_fn_config
+  std::string_view name;                          // the SDK's spelling
+  std::vector<std::string_view> required_inputs;  // beside target_tokens, each of target_tokens' shape
+  std::vector<std::string_view> optional_inputs;  // ditto
+  std::vector<std::string_view> config_keys;      // allowed keys of loss_fn_config
   LossConfig defaults;
-  bool allows_2d_targets;                          // (N, K) targets
-  bool requires_spans;                             // provenance spans on every datum
+  bool allows_2d_targets;  // (N, K) targets
+  bool requires_spans;     // provenance spans on every datum
 };
 
 // All losses, in LossKind order.

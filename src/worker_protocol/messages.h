@@ -34,14 +34,18 @@ struct CreateAdapter {
   LoraConfig lora;
   std::string load_dir;
   bool load_optimizer = false;
+
+  friend bool operator==(const CreateAdapter&, const CreateAdapter&) = default;
 };
 
 struct DropAdapter {
   std::string adapter;
+
+  friend bool operator==(const DropAdapter&, const DropAdapter&) = default;
 };
 
-// Packed datums: no padding and no batch dimension. Datum i has tokens [cu_seqlens[i], cu_seqlens[i+1]) and, for each of
-// its N tokens, target_width[i] = K targets, row-major. All arrays beside `tokens` follow `targets`; an empty array
+// Packed datums: no padding and no batch dimension. Datum i has tokens [cu_seqlens[i], cu_seqlens[i+1]) and, for each
+// of its N tokens, target_width[i] = K targets, row-major. All arrays beside `tokens` follow `targets`; an empty array
 // means "not given". Position t's targets are scored with the logits at position t: no shift here.
 struct TrainBatch {
   std::vector<std::int32_t> tokens;        // [total_tokens]
@@ -56,6 +60,8 @@ struct TrainBatch {
   std::vector<float> clip_high_threshold;
 
   int num_datums() const { return cu_seqlens.empty() ? 0 : static_cast<int>(cu_seqlens.size()) - 1; }
+
+  friend bool operator==(const TrainBatch&, const TrainBatch&) = default;
 };
 
 struct ForwardBackward {
@@ -64,6 +70,8 @@ struct ForwardBackward {
   LossKind loss = LossKind::cross_entropy;
   LossConfig config;
   bool forward_only = false;
+
+  friend bool operator==(const ForwardBackward&, const ForwardBackward&) = default;
 };
 
 struct AdamParams {
@@ -73,26 +81,35 @@ struct AdamParams {
   double eps = 1e-12;
   double weight_decay = 0.0;    // decoupled
   double grad_clip_norm = 0.0;  // global norm, 0 = off
+
+  friend bool operator==(const AdamParams&, const AdamParams&) = default;
 };
 
 struct OptimStep {
   std::string adapter;
   AdamParams adam;
+
+  friend bool operator==(const OptimStep&, const OptimStep&) = default;
 };
 
-// Writes the adapter (adapter_config.json, adapter_model.safetensors; with optimizer.safetensors when asked) into `dir`,
-// which the server has made. Done means the files are complete; the server syncs and renames.
+// Writes the adapter (adapter_config.json, adapter_model.safetensors; with optimizer.safetensors when asked) into
+// `dir`, which the server has made. Done means the files are complete; the server syncs and renames.
 struct SaveAdapter {
   std::string adapter;
   std::string dir;
   bool with_optimizer = true;
+
+  friend bool operator==(const SaveAdapter&, const SaveAdapter&) = default;
 };
 
-// Replaces the adapter's weights by a checkpoint's; pending gradients are cleared. Without the optimizer: fresh moments.
+// Replaces the adapter's weights by a checkpoint's; pending gradients are cleared. Without the optimizer: fresh
+// moments.
 struct LoadAdapter {
   std::string adapter;
   std::string dir;
   bool load_optimizer = false;
+
+  friend bool operator==(const LoadAdapter&, const LoadAdapter&) = default;
 };
 
 // Freezes the adapter's weights as an immutable version for samplers. The version is also written into `dir` (layout of
@@ -102,6 +119,8 @@ struct PublishVersion {
   std::string version;
   std::string dir;
   bool wait_for_files = false;
+
+  friend bool operator==(const PublishVersion&, const PublishVersion&) = default;
 };
 
 // One micro-batch that was, or must be, executed as one packed batch.
@@ -122,6 +141,8 @@ struct MicroBatch {
 // Sent before the requests of a recovery: compose exactly these micro-batches, in this order, then compose freely.
 struct Replay {
   std::vector<MicroBatch> micro_batches;
+
+  friend bool operator==(const Replay&, const Replay&) = default;
 };
 
 // ---- sampling lane ---------------------------------------------------------------------------------------------
@@ -135,11 +156,13 @@ struct SamplingParams {
   bool stop_on_eos = true;
   std::vector<std::int32_t> stop_tokens;
   std::vector<std::string> stop_strings;
+
+  friend bool operator==(const SamplingParams&, const SamplingParams&) = default;
 };
 
 struct Sample {
-  std::string version;      // an adapter version's name; empty = the base model
-  std::string version_dir;  // its files, for a version that is not in memory
+  std::string version;               // an adapter version's name; empty = the base model
+  std::string version_dir;           // its files, for a version that is not in memory
   std::vector<std::int32_t> prompt;  // >= 1 token
   std::int32_t num_samples = 1;
   SamplingParams params;
@@ -147,13 +170,17 @@ struct Sample {
   std::int32_t prompt_logprobs_last_n = 0;  // 0 = all positions
   std::int32_t topk_prompt_logprobs = 0;
   std::int32_t topk_sample_logprobs = 0;
-  std::int32_t target_width = 0;               // K of target_prompt_logprobs, 0 = off
-  std::vector<std::int32_t> prompt_targets;    // [(prompt_len - 1) * K], -1 = not requested; row i scores position i + 1
+  std::int32_t target_width = 0;             // K of target_prompt_logprobs, 0 = off
+  std::vector<std::int32_t> prompt_targets;  // [(prompt_len - 1) * K], -1 = not requested; row i scores position i + 1
   std::int32_t prompt_alt_tokens_k = 0;
+
+  friend bool operator==(const Sample&, const Sample&) = default;
 };
 
 struct DropVersion {
   std::string version;
+
+  friend bool operator==(const DropVersion&, const DropVersion&) = default;
 };
 
 // ---- control lane ----------------------------------------------------------------------------------------------
@@ -161,41 +188,57 @@ struct DropVersion {
 // First request of a worker: load the base model. Progress comes while it loads.
 struct Initialize {
   std::string model_dir;
-  std::string backend_config;  // JSON object
+  std::string backend_config;    // JSON object
   std::int32_t max_seq_len = 0;  // 0 = the model's own
   std::int32_t threads = 0;      // 0 = all cores
+
+  friend bool operator==(const Initialize&, const Initialize&) = default;
 };
 
 // The file of token bytes that stop strings are matched against (format: worker/token_table.h).
 struct SetTokenTable {
   std::string path;
+
+  friend bool operator==(const SetTokenTable&, const SetTokenTable&) = default;
 };
 
 struct Cancel {
   RequestId target = 0;
+
+  friend bool operator==(const Cancel&, const Cancel&) = default;
 };
 
 // One cut through all adapters between two micro-batches, with no request partly executed: weights, moments, pending
 // gradients, steps, names of live versions, written into `dir`.
 struct Snapshot {
   std::string dir;
+
+  friend bool operator==(const Snapshot&, const Snapshot&) = default;
 };
 
 // Brings back the adapters of a snapshot, before anything else runs.
 struct Restore {
   std::string dir;
+
+  friend bool operator==(const Restore&, const Restore&) = default;
 };
 
-struct Status {};
-struct Shutdown {};
+struct Status {
+  friend bool operator==(const Status&, const Status&) = default;
+};
+struct Shutdown {
+  friend bool operator==(const Shutdown&, const Shutdown&) = default;
+};
 
-using RequestBody = std::variant<CreateAdapter, DropAdapter, ForwardBackward, OptimStep, SaveAdapter, LoadAdapter,
-                                 PublishVersion, Replay, Sample, DropVersion, Initialize, SetTokenTable, Cancel,
-                                 Snapshot, Restore, Status, Shutdown>;
+using RequestBody =
+    std::variant<CreateAdapter, DropAdapter, ForwardBackward, OptimStep, SaveAdapter, LoadAdapter, PublishVersion,
+                 Replay, Sample, DropVersion, Initialize, SetTokenTable, Cancel, Snapshot, Restore, Status, Shutdown>;
 
 struct Request {
   RequestId id = 0;
   RequestBody body;
+
+  friend bool operator==(const Request&, const Request&) = default;
 };
 
 enum class Lane { control = 0, training = 1, sampling = 2 };
@@ -204,29 +247,39 @@ Lane lane_of(const RequestBody& body);
 
 // ---- replies ---------------------------------------------------------------------------------------------------
 
-struct Ack {};
+struct Ack {
+  friend bool operator==(const Ack&, const Ack&) = default;
+};
 
 struct WorkerInfo {
   std::int32_t max_seq_len = 0;
-  std::string device;        // "cpu", "cuda:0 NVIDIA H100 …"
-  std::string memory_plan;   // text, one line a category
+  std::string device;       // "cpu", "cuda:0 NVIDIA H100 …"
+  std::string memory_plan;  // text, one line a category
   bool multi_adapter_batch = false;
   bool incremental_sampling = false;
+
+  friend bool operator==(const WorkerInfo&, const WorkerInfo&) = default;
 };
 
 struct TrainResult {
   std::vector<float> logprobs;            // follows TrainBatch::targets
   std::map<std::string, double> metrics;  // "name:reduction"
   double compute_seconds = 0;             // share of the micro-batches' time
+
+  friend bool operator==(const TrainResult&, const TrainResult&) = default;
 };
 
 struct OptimResult {
   std::map<std::string, double> metrics;
   double compute_seconds = 0;
+
+  friend bool operator==(const OptimResult&, const OptimResult&) = default;
 };
 
 struct SaveResult {
   std::uint64_t bytes = 0;
+
+  friend bool operator==(const SaveResult&, const SaveResult&) = default;
 };
 
 enum class StopReason : int { stop = 0, length = 1 };
@@ -235,6 +288,8 @@ struct TopkLogprobs {
   std::int32_t k = 0;
   std::vector<std::int32_t> token_ids;  // [rows * k], best first; undefined cell: token 0, logprob -99999
   std::vector<float> logprobs;          // [rows * k]
+
+  friend bool operator==(const TopkLogprobs&, const TopkLogprobs&) = default;
 };
 
 struct SampledSequence {
@@ -242,22 +297,28 @@ struct SampledSequence {
   std::vector<std::int32_t> tokens;
   std::vector<float> logprobs;  // [tokens]
   TopkLogprobs topk;            // k = 0 when not asked
+
+  friend bool operator==(const SampledSequence&, const SampledSequence&) = default;
 };
 
 struct SampleResult {
   std::vector<SampledSequence> sequences;  // num_samples
   std::vector<float> prompt_logprobs;      // [prompt_len] or empty; NaN = not computed
   TopkLogprobs topk_prompt;
-  std::vector<float> target_prompt_logprobs;         // follows prompt_targets; 0 where not requested
-  std::vector<std::int32_t> prompt_alt_tokens;       // [(prompt_len - 1) * k]
-  std::vector<float> prompt_alt_logprobs;            // ditto
+  std::vector<float> target_prompt_logprobs;    // follows prompt_targets; 0 where not requested
+  std::vector<std::int32_t> prompt_alt_tokens;  // [(prompt_len - 1) * k]
+  std::vector<float> prompt_alt_logprobs;       // ditto
   std::int32_t prompt_cache_hit_tokens = 0;
+
+  friend bool operator==(const SampleResult&, const SampleResult&) = default;
 };
 
 // The cut of a snapshot, per adapter: the id of the last training request that is inside it.
 struct SnapshotResult {
   std::map<std::string, RequestId> last_request;
   std::vector<std::string> versions_on_disk;  // versions whose files are complete
+
+  friend bool operator==(const SnapshotResult&, const SnapshotResult&) = default;
 };
 
 struct StatusResult {
@@ -269,30 +330,42 @@ struct StatusResult {
   std::uint64_t micro_batches = 0;
   std::uint64_t decode_steps = 0;
   std::uint64_t rss_bytes = 0;
+
+  friend bool operator==(const StatusResult&, const StatusResult&) = default;
 };
 
-using DoneBody = std::variant<Ack, WorkerInfo, TrainResult, OptimResult, SaveResult, SampleResult, SnapshotResult,
-                              StatusResult>;
+using DoneBody =
+    std::variant<Ack, WorkerInfo, TrainResult, OptimResult, SaveResult, SampleResult, SnapshotResult, StatusResult>;
 
 struct Done {
   DoneBody body;
+
+  friend bool operator==(const Done&, const Done&) = default;
 };
 struct Failure {
   ErrorCategory category = ErrorCategory::server;
   std::string message;
+
+  friend bool operator==(const Failure&, const Failure&) = default;
 };
 struct Progress {
   double fraction = 0;  // 0…1
   std::string text;
+
+  friend bool operator==(const Progress&, const Progress&) = default;
 };
 // Comes on the training lane before the Done of any request that it touches.
 struct MicroBatchExecuted {
   MicroBatch micro_batch;
+
+  friend bool operator==(const MicroBatchExecuted&, const MicroBatchExecuted&) = default;
 };
 
 struct Reply {
   RequestId id = 0;  // 0 for MicroBatchExecuted
   std::variant<Done, Failure, Progress, MicroBatchExecuted> body;
+
+  friend bool operator==(const Reply&, const Reply&) = default;
 };
 
 }  // namespace ht::worker_protocol
