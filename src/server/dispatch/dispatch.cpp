@@ -133,8 +133,9 @@ std::vector<RequestId> Dispatch::close_lane(const std::string& model) {
   return group == nullptr ? std::vector<RequestId>() : group->close_lane(*group->find_lane(model));
 }
 
-bool Dispatch::has_lane(const std::string& model) const {
-  return impl_->group_of(model) != nullptr;
+std::string Dispatch::base_dir_of(const std::string& model) const {
+  const Group* group = impl_->group_of(model);
+  return group == nullptr ? std::string() : group->options().base_dir;
 }
 
 bool Dispatch::needed(RequestId number) const {

@@ -137,7 +137,8 @@ class Dispatch {
   void cancel_sample(RequestId number);
   // Takes out what is not with the worker yet and closes the lane to all but the drop. Returns what was taken.
   std::vector<RequestId> close_lane(const std::string& model);
-  bool has_lane(const std::string& model) const;
+  // The group that the model's lane is in; empty: there is no such lane.
+  std::string base_dir_of(const std::string& model) const;
 
   // A request that a recovery would need again.
   bool needed(RequestId number) const;

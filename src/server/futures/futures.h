@@ -1,7 +1,7 @@
 #pragma once
 
-// Numbered requests: idempotency, the journal, long polls, recovery. An endpoint submits an Operation; the answer to its
-// poll is the Result that the operation's Completion makes of the worker's reply.
+// Numbered requests: idempotency, the journal, long polls, recovery. An endpoint submits an Operation; the answer to
+// its poll is the Result that the operation's Completion makes of the worker's reply.
 
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/io_context.hpp>
@@ -39,7 +39,7 @@ enum class Operation : std::uint8_t {
   save_weights = 6,
   save_weights_for_sampler = 7,
   sample = 8,
-  drop_model = 9,    // ours: a session ended
+  drop_model = 9,  // ours: a session ended
 };
 
 struct Result {
@@ -55,34 +55,34 @@ using Outcome = std::variant<Result, Failed>;
 struct Submission {
   Operation operation = Operation::forward;
   std::string session_id;
-  std::string model_id;   // the ordered lane; empty for a sample
-  std::int64_t seq_id = 0;  // > 0: numbered within the model; 0: create_model / create-via-load, runs first
-  std::string sampler_id;   // for a sample
-  std::string base_dir;     // the worker group: the base model's canonical directory
-  std::string natural_key;  // same key: same request (1.7 of the wire)
-  std::string fingerprint;  // digest of the body; another one under the same key is Error(user)
-  std::string context;      // JSON for the Completion and for duplicates
-  worker_protocol::RequestBody work;     // ignored when `failure` is set
-  std::optional<Failed> failure;         // the request is invalid: its number is consumed, its future fails
+  std::string model_id;               // the ordered lane and the name of its adapter; empty for a sample
+  std::int64_t seq_id = 0;            // > 0: numbered within the model; 0: create_model / create-via-load, runs first
+  std::string sampler_id;             // for a sample
+  std::string base_dir;               // the worker group: the base model's canonical directory
+  std::string natural_key;            // same key: same request (1.7 of the wire)
+  std::string fingerprint;            // digest of the body; another one under the same key is Error(user)
+  std::string context;                // JSON for the Completion and for duplicates
+  worker_protocol::RequestBody work;  // ignored when `failure` is set
+  std::optional<Failed> failure;      // the request is invalid: its number is consumed, its future fails
 };
 
 struct Submitted {
   std::string request_id;
-  std::string context;      // as first submitted
+  std::string context;  // as first submitted
   bool duplicate = false;
 };
 
-// Makes the client's result from the worker's answer. Runs on the io thread; may throw Error. Must be repeatable: after a
-// crash it can run again for the same request_id.
-using Completion =
-    std::function<Outcome(const std::string& request_id, const Submission& submission, const worker_protocol::DoneBody&)>;
+// Makes the client's result from the worker's answer. Runs on the io thread; may throw Error. Must be repeatable: after
+// a crash it can run again for the same request_id.
+using Completion = std::function<Outcome(const std::string& request_id, const Submission& submission,
+                                         const worker_protocol::DoneBody&)>;
 
 enum class PollState { pending, done, gone, unknown };
 struct Poll {
   PollState state = PollState::unknown;
   std::shared_ptr<const Outcome> outcome;  // when done
   Operation operation = Operation::forward;
-  std::string queue_state = "active";      // "paused_capacity" with a reason while a worker loads or restarts
+  std::string queue_state = "active";  // "paused_capacity" with a reason while a worker loads or restarts
   std::string queue_state_reason;
 };
 
@@ -93,8 +93,8 @@ class Futures {
   // Before recover(): who completes an operation.
   virtual void set_completion(Operation operation, Completion completion) = 0;
 
-  // Journals, then hands to dispatch; never waits. Busy, Unavailable: try again. Error(user): other body under the same key, number below the executed
-  // horizon that was never seen. A duplicate answers the first submission's id.
+  // Journals, then hands to dispatch; never waits. Busy, Unavailable: try again. Error(user): other body under the same
+  // key, number below the executed horizon that was never seen. A duplicate answers the first submission's id.
   virtual Submitted submit(Submission submission) = 0;
 
   // A refused body whose number could be read: the number is consumed.
@@ -107,7 +107,8 @@ class Futures {
   // Best effort; unknown or finished ids are ignored.
   virtual void cancel(const std::string& request_id) = 0;
 
-  // The session ended: its parked and queued work fails, its samples are cancelled, its models are dropped from workers.
+  // The session ended: its parked and queued work fails, its samples are cancelled, its models are dropped from
+  // workers.
   virtual void end_session(const std::string& session_id, const std::vector<std::string>& model_ids,
                            const std::string& reason) = 0;
 

@@ -17,8 +17,9 @@ namespace ht::futures {
 struct Options {
   std::chrono::milliseconds retention = std::chrono::hours(1);  // of a finished result
   std::size_t retention_bytes = std::size_t{2} << 30;           // of all finished results
-  std::size_t memory_bytes = std::size_t{256} << 20;  // of requests and of results held in memory, each; more is re-read
-  std::size_t max_queued_samples = 20000;             // then Busy
+  std::size_t memory_bytes = std::size_t{256}
+                             << 20;        // of requests and of results held in memory, each; more is re-read
+  std::size_t max_queued_samples = 20000;  // then Busy
   std::chrono::milliseconds housekeeping{5000};
 };
 
