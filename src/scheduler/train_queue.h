@@ -1,0 +1,109 @@
+#pragma once
+
+// Training work in order: one FIFO an adapter, whose heads are merged into packed micro-batches.
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace ht::scheduler {
+
+using RequestId = std::uint64_t;
+
+// A request of the training lane. A batch (forward or forward_backward) has datums; everything else is an op that runs
+// alone when it reaches the head of its adapter's queue.
+struct TrainRequest {
+  RequestId id = 0;
+  std::string adapter;
+  bool is_batch = false;
+  bool forward_only = false;
+  std::vector<std::int32_t> datum_tokens;  // [num_datums] tokens of each datum; a batch has at least one
+};
+
+// Datums [datum_begin, datum_end) of one request.
+struct TrainSlice {
+  RequestId request = 0;
+  std::int32_t datum_begin = 0;
+  std::int32_t datum_end = 0;
+
+  friend bool operator==(const TrainSlice&, const TrainSlice&) = default;
+};
+
+// One packed batch. Slices of one adapter are adjacent and in the order of its queue.
+struct TrainMicroBatch {
+  std::uint64_t number = 0;
+  bool forward_only = false;
+  std::vector<TrainSlice> slices;
+};
+
+// What the compute thread does next. A plan counts as executed as soon as it is handed out.
+struct TrainPlan {
+  enum class Kind { none, op, micro_batch, refused };
+  Kind kind = Kind::none;
+  RequestId request = 0;  // op; refused: a batch of an adapter that does not exist
+  TrainMicroBatch micro_batch;
+};
+
+class TrainQueue {
+ public:
+  // `micro_batch_tokens`: the most tokens of a micro-batch of several datums; one datum may be longer.
+  explicit TrainQueue(std::int32_t micro_batch_tokens) : micro_batch_tokens_(micro_batch_tokens) {}
+
+  void push(TrainRequest request);
+  // Batches of adapters that are not live are refused when they reach the head.
+  void set_live(const std::string& adapter, bool live);
+  // Compose exactly these before composing freely; their requests may still have to come.
+  void set_replay(std::vector<TrainMicroBatch> micro_batches);
+  void clear_replay();
+  // Takes a request out, with what is left of it: it failed.
+  void remove(RequestId id);
+
+  // Draining: only partly executed requests go on, so that drained() comes true. An unfinished replay goes on as well.
+  void set_draining(bool draining) { draining_ = draining; }
+  bool drained() const;
+
+  // Throws Error(server) when the replay does not fit the requests that came (clear_replay() composes freely again).
+  TrainPlan next();
+  // Whether next() would hand out a plan. Throws like next().
+  bool ready() const;
+
+  std::size_t size() const { return num_requests_; }
+  std::uint64_t next_number() const { return next_number_; }
+  void set_next_number(std::uint64_t number) { next_number_ = number; }
+
+ private:
+  struct Pending {
+    TrainRequest request;
+    std::int32_t next_datum = 0;
+    bool started() const { return next_datum > 0; }
+    std::int32_t num_datums() const { return static_cast<std::int32_t>(request.datum_tokens.size()); }
+  };
+  using Fifo = std::deque<Pending>;
+  struct Composition;
+
+  bool has_runnable_op(const std::string& adapter, const Fifo& fifo) const;
+  bool has_runnable_batch(const std::string& adapter, const Fifo& fifo) const;
+  bool replay_ready() const;
+  TrainPlan next_op();
+  TrainMicroBatch compose();
+  TrainMicroBatch take_replayed();
+  bool take_datum(const std::string& adapter, Composition& composition);
+  void pop_finished(const std::string& adapter);
+
+  std::int32_t micro_batch_tokens_;
+  std::map<std::string, Fifo> fifos_;  // no empty ones
+  std::map<RequestId, std::string> adapter_of_;
+  std::set<std::string> live_;
+  std::deque<TrainMicroBatch> replay_;
+  std::size_t num_requests_ = 0;
+  std::uint64_t next_number_ = 1;
+  bool draining_ = false;
+  std::string batch_cursor_;  // adapter that starts the next micro-batch
+  std::string op_cursor_;     // adapter that ran the last op
+  std::size_t ops_in_a_row_ = 0;
+};
+
+}  // namespace ht::scheduler
