@@ -25,7 +25,7 @@ enum class SiteGroup { attn, mlp, unembed };
 struct LoraSite {
   std::string module;  // "model.layers.0.self_attn.q_proj", "model.unembed_tokens"
   SiteGroup group = SiteGroup::attn;
-  int layer = -1;      // -1: unembedding
+  int layer = -1;  // -1: unembedding
   int in_features = 0;
   int out_features = 0;
 };
@@ -39,8 +39,8 @@ std::vector<LoraSite> lora_sites(const ModelSpec& spec);
 // Adapter parameters at config.rank for the chosen groups.
 std::int64_t num_lora_parameters(const ModelSpec& spec, const LoraConfig& config);
 
-// Initial A of a site: uniform in ±1/sqrt(in_features), element (i, j) of (rank, in_features) row-major is a function of
-// (seed, site.module, i * in_features + j) alone: Philox4x32-10 keyed by seed, counter = (element / 4, hash of the
+// Initial A of a site: uniform in ±1/sqrt(in_features), element (i, j) of (rank, in_features) row-major is a function
+// of (seed, site.module, i * in_features + j) alone: Philox4x32-10 keyed by seed, counter = (element / 4, hash of the
 // module name). The same in every worker, whatever the language. B starts at zero.
 std::vector<float> initial_lora_a(const LoraSite& site, int rank, std::uint64_t seed);
 

@@ -17,18 +17,18 @@ enum class RopeType { standard, linear, dynamic, yarn, llama3, longrope };
 struct RopeSpec {
   RopeType type = RopeType::standard;
   double theta = 10000.0;
-  double factor = 1.0;                          // linear, dynamic, yarn, llama3
-  int original_max_position_embeddings = 0;     // dynamic, yarn, llama3, longrope
-  double low_freq_factor = 1.0;                 // llama3
-  double high_freq_factor = 4.0;                // llama3
-  double beta_fast = 32.0;                      // yarn
-  double beta_slow = 1.0;                       // yarn
-  std::optional<double> attention_factor;       // yarn, longrope
-  std::optional<double> mscale;                 // yarn
-  std::optional<double> mscale_all_dim;         // yarn
-  bool truncate = true;                         // yarn: round the correction range
-  std::vector<double> short_factor;             // longrope
-  std::vector<double> long_factor;              // longrope
+  double factor = 1.0;                       // linear, dynamic, yarn, llama3
+  int original_max_position_embeddings = 0;  // dynamic, yarn, llama3, longrope
+  double low_freq_factor = 1.0;              // llama3
+  double high_freq_factor = 4.0;             // llama3
+  double beta_fast = 32.0;                   // yarn
+  double beta_slow = 1.0;                    // yarn
+  std::optional<double> attention_factor;    // yarn, longrope
+  std::optional<double> mscale;              // yarn
+  std::optional<double> mscale_all_dim;      // yarn
+  bool truncate = true;                      // yarn: round the correction range
+  std::vector<double> short_factor;          // longrope
+  std::vector<double> long_factor;           // longrope
 };
 
 enum class Family { llama, mistral, qwen2, qwen3 };
@@ -50,8 +50,8 @@ struct ModelSpec {
   bool attention_bias = false;         // q, k, v
   bool attention_output_bias = false;  // o
   bool mlp_bias = false;
-  bool qk_norm = false;                // per-head RMSNorm on q and k (Qwen3)
-  std::vector<int> sliding_window;     // [num_hidden_layers], 0 = full attention
+  bool qk_norm = false;             // per-head RMSNorm on q and k (Qwen3)
+  std::vector<int> sliding_window;  // [num_hidden_layers], 0 = full attention
   RopeSpec rope;
   std::vector<std::int32_t> eos_token_ids;  // generation_config.json, else config.json
   std::int32_t bos_token_id = -1;
