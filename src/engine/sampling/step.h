@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "engine/runtime/adapter.h"
@@ -11,7 +12,8 @@
 
 namespace ht::engine {
 
-// One draw from a row's last position. The random number is a function of (seed, sample_index, position) alone.
+// One draw from a row's last position. The random number is a function of (seed, sample_index, position of the drawn
+// token) alone.
 struct Draw {
   std::uint64_t seed = 0;
   std::int32_t sample_index = 0;
@@ -49,6 +51,9 @@ struct DrawResult {
 };
 
 struct StepRowResult {
+  // Not empty: this row's logits are not finite (a diverged adapter) and nothing else here is meant; the text is for the
+  // request's author. Other rows are not touched by it.
+  std::string error;
   std::vector<DrawResult> draws;
   std::vector<float> prompt_logprobs;            // [row_end - row_begin], at temperature 1
   worker_protocol::TopkLogprobs topk_prompt;
@@ -63,7 +68,9 @@ class SamplingEngine {
   SamplingEngine(const BaseModel& model, std::int32_t num_blocks, std::int32_t block_size);
   ~SamplingEngine();
 
-  // Runs all rows as one packed batch, writes their keys and values into the cache, draws and scores.
+  // Runs all rows as one packed batch, writes their keys and values into the cache, draws and scores. Rows of one adapter
+  // may lie anywhere in `rows`. The same rows give the same bits. Throws Error(server) for rows that are no valid plan
+  // (nothing is written then).
   std::vector<StepRowResult> run(std::span<const StepRow> rows);
 
   // Copies cache block `from` to `to` in every layer: copy-on-write of a shared, partly filled block.

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "engine/ops/views.h"
+#include "kernels/cpu/decode_kernels.h"
+#include "model_spec/model_spec.h"
+
+namespace ht::engine {
+
+// Keys and values of all layers in blocks of `block_size` positions, float32.
+class PagedKvCache {
+ public:
+  PagedKvCache(const model_spec::ModelSpec& spec, std::int32_t num_blocks, std::int32_t block_size);
+
+  std::int32_t num_blocks() const { return num_blocks_; }
+  std::int32_t block_size() const { return block_size_; }
+  HtKvCache layer(int layer) const;
+  // Copies block `from` to `to` in every layer.
+  void copy_block(std::int32_t from, std::int32_t to);
+
+ private:
+  std::int32_t num_blocks_;
+  std::int32_t block_size_;
+  std::int64_t kv_heads_;
+  std::int64_t head_dim_;
+  std::vector<at::Tensor> keys_;    // (num_blocks, kv_heads, head_dim, block_size) a layer
+  std::vector<at::Tensor> values_;  // (num_blocks, kv_heads, block_size, head_dim) a layer
+};
+
+// A sequence's part of a packed batch: rows [row_begin, row_end) at positions from `position` on.
+struct CachedSequence {
+  std::int64_t row_begin = 0;
+  std::int64_t row_end = 0;
+  std::int64_t position = 0;
+  std::span<const std::int32_t> block_table;
+};
+
+// Attention of the batch's rows over their sequences' cached prefixes and themselves; stores their keys and values.
+class PagedAttention final : public InferenceAttention {
+ public:
+  PagedAttention(const model_spec::ModelSpec& spec, PagedKvCache& cache, std::span<const CachedSequence> sequences);
+
+  at::Tensor attend(int layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) override;
+
+ private:
+  const model_spec::ModelSpec& spec_;
+  PagedKvCache& cache_;
+  std::vector<std::int64_t> slots_;  // of every row
+  std::vector<HtQueryTile> tiles_;
+  std::int64_t work_ = 0;  // of all tiles, in multiply-adds
+};
+
+}  // namespace ht::engine

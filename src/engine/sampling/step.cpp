@@ -1,0 +1,179 @@
+#include "engine/sampling/step.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <string>
+
+#include "engine/runtime/forward.h"
+#include "engine/sampling/adapter_view_cache.h"
+#include "engine/sampling/logits_rows.h"
+#include "engine/sampling/paged_attention.h"
+
+namespace ht::engine {
+
+namespace {
+
+// Rows of logits in memory at a time.
+constexpr std::int64_t kLogitsRows = 64;
+
+void check_tokens(const char* what, std::span<const std::int32_t> tokens, std::int32_t least, std::int32_t vocab) {
+  for (const std::int32_t token : tokens) {
+    if (token < least || token >= vocab) {
+      throw server_error(std::string(what) + " " + std::to_string(token) + " is outside [" + std::to_string(least) +
+                         ", " + std::to_string(vocab) + ")");
+    }
+  }
+}
+
+void check_row(const StepRow& row, const PagedKvCache& cache, std::int32_t vocab) {
+  if (row.tokens.empty() || row.position < 0) throw server_error("a step row needs tokens at positions from 0 on");
+  check_tokens("token", row.tokens, 0, vocab);
+  const std::int64_t positions = std::int64_t{row.position} + static_cast<std::int64_t>(row.tokens.size());
+  if (static_cast<std::int64_t>(row.block_table.size()) * cache.block_size() < positions) {
+    throw server_error("a block table of " + std::to_string(row.block_table.size()) + " blocks does not cover " +
+                       std::to_string(positions) + " positions");
+  }
+  check_tokens("cache block", row.block_table, 0, cache.num_blocks());
+  const Score& score = row.score;
+  const int rows = score.row_end - score.row_begin;
+  const bool sizes_fit = score.row_begin >= 0 && rows >= 0 && score.row_end <= static_cast<int>(row.tokens.size()) &&
+                         score.next_tokens.size() == static_cast<std::size_t>(rows) && score.topk >= 0 &&
+                         score.target_width >= 0 && score.alt_tokens >= 0 &&
+                         score.targets.size() == static_cast<std::size_t>(rows) *
+                                                     static_cast<std::size_t>(score.target_width);
+  if (!sizes_fit) throw server_error("a step row's score does not fit its tokens");
+  check_tokens("scored token", score.next_tokens, 0, vocab);
+  check_tokens("target token", score.targets, -1, vocab);
+  if ((!row.draws.empty() || score.alt_tokens > 0) && row.params == nullptr) {
+    throw server_error("a step row that draws has no sampling parameters");
+  }
+}
+
+}  // namespace
+
+struct SamplingEngine::Impl {
+  Impl(const BaseModel& base, std::int32_t num_blocks, std::int32_t block_size)
+      : model(base),
+        cache(base.spec(), num_blocks, block_size),
+        logits(at::empty({kLogitsRows, base.spec().vocab_size}, at::kFloat)) {}
+
+  // hidden (T, hidden), `segments` in its rows, `wanted` in its order.
+  void draw_and_score(std::span<const StepRow> rows, const at::Tensor& hidden, std::span<const LoraSegment> segments,
+                      std::span<const LogitsRow> wanted, std::vector<StepRowResult>& results);
+
+  const BaseModel& model;
+  PagedKvCache cache;
+  AdapterViewCache views;
+  at::Tensor logits;  // (kLogitsRows, vocab), reused
+};
+
+SamplingEngine::SamplingEngine(const BaseModel& model, std::int32_t num_blocks, std::int32_t block_size) {
+  if (num_blocks < 1 || block_size < 1) {
+    throw server_error("a cache of " + std::to_string(num_blocks) + " blocks of " + std::to_string(block_size) +
+                       " positions: both must be at least 1");
+  }
+  impl_ = std::make_unique<Impl>(model, num_blocks, block_size);
+}
+
+SamplingEngine::~SamplingEngine() = default;
+
+std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
+  const c10::InferenceMode inference;
+  const std::int32_t vocab = impl_->model.spec().vocab_size;
+  for (const StepRow& row : rows) check_row(row, impl_->cache, vocab);
+  std::vector<StepRowResult> results(rows.size());
+  if (rows.empty()) return results;
+  impl_->views.drop_dead();
+
+  // Rows of one adapter side by side, adapters in the order of their first row.
+  std::vector<const AdapterWeights*> adapters;
+  for (const StepRow& row : rows) {
+    if (std::find(adapters.begin(), adapters.end(), row.adapter) == adapters.end()) adapters.push_back(row.adapter);
+  }
+  std::vector<std::int32_t> tokens, positions;
+  std::vector<std::int32_t> cu_seqlens = {0};
+  std::vector<CachedSequence> sequences;
+  std::vector<LoraSegment> segments;
+  std::vector<LogitsRow> wanted;
+  for (const AdapterWeights* adapter : adapters) {
+    const auto segment_begin = static_cast<std::int64_t>(tokens.size());
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const StepRow& row = rows[i];
+      if (row.adapter != adapter) continue;
+      const auto begin = static_cast<std::int64_t>(tokens.size());
+      tokens.insert(tokens.end(), row.tokens.begin(), row.tokens.end());
+      for (std::size_t j = 0; j < row.tokens.size(); ++j) {
+        positions.push_back(row.position + static_cast<std::int32_t>(j));
+      }
+      cu_seqlens.push_back(static_cast<std::int32_t>(tokens.size()));
+      sequences.push_back({begin, static_cast<std::int64_t>(tokens.size()), row.position, row.block_table});
+      prepare_result(row, results[i]);
+      append_logits_rows(row, i, begin, wanted);
+    }
+    segments.push_back({segment_begin, static_cast<std::int64_t>(tokens.size()),
+                        adapter == nullptr ? nullptr : impl_->views.get(*adapter)});
+  }
+
+  PagedAttention attention(impl_->model.spec(), impl_->cache, sequences);
+  const at::Tensor hidden = forward_hidden(impl_->model, {tokens, positions, cu_seqlens}, segments, attention);
+  impl_->draw_and_score(rows, hidden, segments, wanted, results);
+  return results;
+}
+
+void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, const at::Tensor& hidden,
+                                          std::span<const LoraSegment> segments, std::span<const LogitsRow> wanted,
+                                          std::vector<StepRowResult>& results) {
+  const auto vocab = static_cast<std::size_t>(model.spec().vocab_size);
+  for (std::size_t begin = 0; begin < wanted.size(); begin += kLogitsRows) {
+    const auto chunk = wanted.subspan(begin, std::min<std::size_t>(kLogitsRows, wanted.size() - begin));
+    const auto size = static_cast<std::int64_t>(chunk.size());
+    const at::Tensor index = at::empty({size}, at::kLong);
+    std::vector<LoraSegment> chunk_segments;
+    std::size_t segment = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+      const std::int64_t row = chunk[static_cast<std::size_t>(i)].packed_row;
+      index.data_ptr<std::int64_t>()[i] = row;
+      while (row >= segments[segment].row_end) ++segment;
+      if (chunk_segments.empty() || chunk_segments.back().adapter != segments[segment].adapter) {
+        chunk_segments.push_back({i, i, segments[segment].adapter});
+      }
+      chunk_segments.back().row_end = i + 1;
+    }
+    at::Tensor chunk_logits = logits.narrow(0, 0, size);
+    logits_out(model, hidden.index_select(0, index), chunk_segments, chunk_logits);
+    const float* data = chunk_logits.data_ptr<float>();
+    std::vector<char> finite(chunk.size());
+    at::parallel_for(0, size, 1, [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t i = from; i < to; ++i) {
+        const LogitsRow& where = chunk[static_cast<std::size_t>(i)];
+        const std::span<const float> row(data + static_cast<std::size_t>(i) * vocab, vocab);
+        finite[static_cast<std::size_t>(i)] = fill_result(rows[where.step_row], where, row, results[where.step_row]);
+      }
+    });
+    for (std::size_t i = 0; i < chunk.size(); ++i) {
+      const StepRow& row = rows[chunk[i].step_row];
+      if (finite[i]) continue;
+      results[chunk[i].step_row].error = "the logits at position " + std::to_string(row.position + chunk[i].chunk_row) +
+                                         " are not finite: the adapter's weights have diverged";
+    }
+  }
+}
+
+void SamplingEngine::copy_block(std::int32_t from, std::int32_t to) {
+  for (const std::int32_t block : {from, to}) {
+    if (block < 0 || block >= impl_->cache.num_blocks()) {
+      throw server_error("cache block " + std::to_string(block) + " is outside [0, " +
+                         std::to_string(impl_->cache.num_blocks()) + ")");
+    }
+  }
+  impl_->cache.copy_block(from, to);
+}
+
+std::int64_t SamplingEngine::block_bytes(const model_spec::ModelSpec& spec, std::int32_t block_size) {
+  return std::int64_t{2} * spec.num_hidden_layers * spec.kv_size() * block_size * static_cast<std::int64_t>(sizeof(float));
+}
+
+}  // namespace ht::engine
