@@ -1,0 +1,134 @@
+"""kill -9 of the worker and of the server: nothing acknowledged is lost, nothing is applied twice, the bits stay."""
+
+import time
+
+import numpy as np
+import pytest
+
+from conftest import LLAMA
+from datums import adam, logprobs_of, random_datum, sample_tokens, train_step
+
+STEPS = 6
+
+
+def shared_run(server, connect, kill_at=None):
+    """Two adapters whose calls are queued behind a third's long one, so that they share micro-batches in every run.
+    Returns all losses and logprobs as bytes."""
+    service = connect(server)
+    first, second, blocker = (
+        service.create_lora_training_client(base_model=LLAMA, rank=rank, seed=rank).result() for rank in (4, 16, 1)
+    )
+    seen = []
+    for step in range(STEPS):
+        long = blocker.forward_backward([random_datum(1, 2048)] * 2, loss_fn="cross_entropy")
+        calls = [
+            client.forward_backward([random_datum(100 * step + n, 10 + 3 * n) for n in range(3)], loss_fn="cross_entropy")
+            for client in (first, second)
+        ]
+        if step == kill_at:
+            time.sleep(0.05)
+            server.kill_worker()
+        results = [call.result() for call in calls]
+        long.result()
+        for client in (first, second):
+            client.optim_step(adam()).result()
+        for result in results:
+            seen.append(np.float64(result.metrics["loss:sum"]).tobytes())
+            seen += [logprobs.tobytes() for logprobs in logprobs_of(result)]
+    return seen
+
+
+def test_worker_killed_in_mid_run_gives_the_same_bits(make_server, connect):
+    undisturbed = shared_run(make_server("calm"), connect)
+    for step in (0, 3):
+        assert shared_run(make_server(f"killed-{step}"), connect, kill_at=step) == undisturbed
+
+
+def test_worker_killed_between_gradient_and_step(make_server, connect):
+    server = make_server("pending")
+    curves = []
+    for kill in (False, True):
+        client = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+        curve = [train_step(client, [random_datum(1, 20)])]
+        client.forward_backward([random_datum(2, 20)], loss_fn="cross_entropy").result()
+        if kill:
+            server.kill_worker()
+        client.optim_step(adam()).result()
+        curves.append(curve + [train_step(client, [random_datum(1, 20)]) for _ in range(2)])
+    assert curves[0] == curves[1]
+
+
+def test_samplers_survive_their_worker(make_server, connect):
+    server = make_server("sampler")
+    client = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    train_step(client, [random_datum(1, 20)])
+    sampler = client.save_weights_and_get_sampling_client().result()
+    prompt = list(range(10, 30))
+    expected = sample_tokens(sampler, prompt, seed=1, max_tokens=16, stop=[])
+    server.kill_worker()
+    assert sample_tokens(sampler, prompt, seed=1, max_tokens=16, stop=[]) == expected
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_server_restarts_and_the_same_client_goes_on(make_server, connect, how):
+    server = make_server(f"restart-{how}")
+    undisturbed = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    expected = [train_step(undisturbed, [random_datum(1, 20)]) for _ in range(5)]
+    client = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    curve = [train_step(client, [random_datum(1, 20)]) for _ in range(2)]
+    getattr(server, how)()
+    server.start()
+    curve += [train_step(client, [random_datum(1, 20)]) for _ in range(3)]
+    assert curve == expected
+
+
+def test_server_killed_with_a_request_in_flight(make_server, connect):
+    server = make_server("flight")
+    client = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    data = [random_datum(n, 1000) for n in range(6)]
+    expected = client.forward_backward(data, loss_fn="cross_entropy").result().metrics["loss:sum"]
+    pending = client.forward_backward(data, loss_fn="cross_entropy")
+    time.sleep(0.1)
+    server.kill()
+    server.start()
+    assert pending.result().metrics["loss:sum"] == expected
+    norm = client.optim_step(adam()).result().metrics["grad_norm"]
+    other = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    for _ in range(2):
+        other.forward_backward(data, loss_fn="cross_entropy")
+    assert other.optim_step(adam()).result().metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+
+
+def test_finished_results_are_served_after_a_restart(make_server, connect):
+    server = make_server("results")
+    client = connect(server).create_lora_training_client(base_model=LLAMA, rank=4, seed=2).result()
+    body = {"model_id": client.model_id, "seq_id": 1, "adam_params": {"learning_rate": 0.01}, "type": "optim_step"}
+    request_id = server.post("optim_step", body)[1]["request_id"]
+    poll = {"request_id": request_id, "allow_metadata_only": False}
+    before = server.post("retrieve_future", poll)
+    server.kill()
+    server.start()
+    assert server.post("retrieve_future", poll) == before
+    assert server.post("optim_step", body)[1]["request_id"] == request_id
+
+
+def test_orphaned_workers_end_by_themselves(make_server):
+    server = make_server("orphan")
+    workers = server.workers()
+    server.kill()
+    deadline = time.monotonic() + 10
+    while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived its killed server"
+        time.sleep(0.05)
+
+
+def test_several_workers_deaths_in_a_row(make_server, connect):
+    server = make_server("often")
+    client = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    expected = [train_step(client, [random_datum(1, 20)]) for _ in range(4)]
+    again = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    curve = []
+    for _ in range(4):
+        server.kill_worker()
+        curve.append(train_step(again, [random_datum(1, 20)]))
+    assert curve == expected
