@@ -1,0 +1,59 @@
+#include "model_spec/memory_plan.h"
+
+#include <gmock/gmock.h>
+
+namespace ht::model_spec {
+namespace {
+
+// SmolLM2-135M.
+ModelSpec smollm2() {
+  ModelSpec spec;
+  spec.hidden_size = 576;
+  spec.intermediate_size = 1536;
+  spec.num_hidden_layers = 30;
+  spec.num_attention_heads = 9;
+  spec.num_key_value_heads = 3;
+  spec.head_dim = 64;
+  spec.vocab_size = 49152;
+  spec.tie_word_embeddings = true;
+  return spec;
+}
+
+TEST(MemoryPlan, CategoriesAreCountedFromTheShapes) {
+  const MemoryPlan plan = plan_memory(
+      smollm2(), {.lora = {.rank = 32}, .num_adapters = 2, .micro_batch_tokens = 2048, .cache_tokens = 1000});
+  EXPECT_EQ(plan.base_weights, 134'515'008u * 4);
+  EXPECT_EQ(plan.adapters, static_cast<std::uint64_t>(num_lora_parameters(smollm2(), {.rank = 32})) * 4 * 4 * 2);
+  EXPECT_EQ(plan.kv_cache, 1000u * 30 * 2 * 192 * 4);
+  EXPECT_EQ(plan.total(), plan.base_weights + plan.adapters + plan.activations + plan.kv_cache);
+}
+
+TEST(MemoryPlan, SmallRanksAreStoredAsEight) {
+  const auto adapters = [](int rank) { return plan_memory(smollm2(), {.lora = {.rank = rank}}).adapters; };
+  EXPECT_EQ(adapters(1), adapters(8));
+  EXPECT_EQ(adapters(16), 2 * adapters(8));
+}
+
+TEST(MemoryPlan, RecomputeSavesActivations) {
+  const auto activations = [](RecomputePolicy policy) {
+    return plan_memory(smollm2(), {.micro_batch_tokens = 2048, .recompute = policy}).activations;
+  };
+  EXPECT_EQ(plan_memory(smollm2(), {}).activations, 0u);
+  // A block keeps norms' outputs and gate, up, act less: 29 blocks' worth, as one is computed again at a time.
+  EXPECT_EQ(activations(RecomputePolicy::none) - activations(RecomputePolicy::norms_mlp),
+            29u * 2048 * 4 * (2 * 576 + 3 * 1536));
+  EXPECT_LT(activations(RecomputePolicy::block), activations(RecomputePolicy::norms_mlp) / 2);
+}
+
+TEST(MemoryPlan, TextHasALineACategory) {
+  const std::string text =
+      plan_memory(smollm2(), {.micro_batch_tokens = 512, .recompute = RecomputePolicy::block, .cache_tokens = 4096})
+          .to_text();
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 5);
+  EXPECT_THAT(text, testing::StartsWith("base weights    513.1 MiB  (float32)\n"));
+  EXPECT_THAT(text, testing::HasSubstr("micro-batch of 512 tokens, recompute block"));
+  EXPECT_THAT(text, testing::HasSubstr("KV cache        180.0 MiB  (4096 tokens)\n"));
+}
+
+}  // namespace
+}  // namespace ht::model_spec
