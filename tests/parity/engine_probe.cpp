@@ -1,0 +1,227 @@
+// Runs the training engine on a JSON description and writes what it computed, for comparison with PyTorch.
+//
+//   engine_probe MODEL_DIR JOB.json OUT_DIR
+//
+// JOB: {"threads": 2, "recompute": "none" | "norms_mlp" | "block",
+//       "adapters": [{"dir": "…"} | {"rank": 8, "seed": 1, "train_attn": true, …}],
+//       "steps": [{"calls": [{"backward": true, "items": [{"adapter": 0, "loss": "cross_entropy", "config": {},
+//                    "datums": [{"tokens": [], "targets": [] or [[]], "weights": [], "logprobs": [], …}]}]}],
+//                  "gradients": "dir"?,   // replaces adapter 0's gradient
+//                  "adam": {…}?}]}
+// OUT: results.safetensors ("step0.call0.item0.logprobs"), results.json (loss sums and metrics, in order),
+//      grad<i>/ after the last step's calls and weights<i>/, state<i>.safetensors at the end.
+
+#include <ATen/ATen.h>
+
+#include <boost/json.hpp>
+#include <chrono>
+#include <cstdio>
+#include <deque>
+#include <exception>
+#include <fstream>
+#include <sstream>
+
+#include "base/error.h"
+#include "engine/training/trainer.h"
+#include "safetensors/safetensors.h"
+
+namespace json = boost::json;
+using namespace ht;
+using namespace ht::engine;
+
+namespace {
+
+std::vector<float> floats(const json::object& object, const char* key) {
+  std::vector<float> values;
+  const json::value* array = object.if_contains(key);
+  if (array == nullptr) return values;
+  for (const json::value& v : array->as_array()) {
+    if (!v.is_array()) {
+      values.push_back(v.to_number<float>());
+      continue;
+    }
+    for (const json::value& inner : v.as_array()) values.push_back(inner.to_number<float>());
+  }
+  return values;
+}
+
+void append(std::vector<float>& to, const std::vector<float>& from) { to.insert(to.end(), from.begin(), from.end()); }
+
+worker_protocol::TrainBatch read_batch(const json::array& datums) {
+  worker_protocol::TrainBatch batch;
+  batch.cu_seqlens.push_back(0);
+  for (const json::value& value : datums) {
+    const json::object& datum = value.as_object();
+    for (const json::value& token : datum.at("tokens").as_array()) {
+      batch.tokens.push_back(token.to_number<std::int32_t>());
+    }
+    batch.cu_seqlens.push_back(static_cast<std::int32_t>(batch.tokens.size()));
+    const json::array& targets = datum.at("targets").as_array();
+    batch.target_width.push_back(targets.front().is_array() ? static_cast<int>(targets.front().as_array().size()) : 1);
+    for (const json::value& target : targets) {
+      if (!target.is_array()) {
+        batch.targets.push_back(target.to_number<std::int32_t>());
+        continue;
+      }
+      for (const json::value& inner : target.as_array()) batch.targets.push_back(inner.to_number<std::int32_t>());
+    }
+    append(batch.weights, floats(datum, "weights"));
+    append(batch.logprobs, floats(datum, "logprobs"));
+    append(batch.advantages, floats(datum, "advantages"));
+    append(batch.sequence_ratio_mask, floats(datum, "sequence_ratio_mask"));
+    append(batch.clip_low_threshold, floats(datum, "clip_low_threshold"));
+    append(batch.clip_high_threshold, floats(datum, "clip_high_threshold"));
+  }
+  return batch;
+}
+
+Adapter read_adapter(const model_spec::ModelSpec& spec, const json::object& object) {
+  if (const json::value* dir = object.if_contains("dir")) {
+    Adapter adapter = Adapter::create(spec, read_lora_config(dir->as_string().c_str()));
+    adapter.weights = load_adapter_weights(spec, dir->as_string().c_str());
+    return adapter;
+  }
+  const auto flag = [&](const char* key) { return !object.contains(key) || object.at(key).as_bool(); };
+  model_spec::LoraConfig config;
+  config.rank = object.at("rank").to_number<int>();
+  config.seed = object.at("seed").to_number<std::uint64_t>();
+  config.train_attn = flag("train_attn");
+  config.train_mlp = flag("train_mlp");
+  config.train_unembed = flag("train_unembed");
+  return Adapter::create(spec, config);
+}
+
+worker_protocol::AdamParams read_adam(const json::object& object) {
+  worker_protocol::AdamParams adam;
+  const auto set = [&](const char* key, double& field) {
+    if (const json::value* v = object.if_contains(key)) field = v->to_number<double>();
+  };
+  set("learning_rate", adam.learning_rate);
+  set("beta1", adam.beta1);
+  set("beta2", adam.beta2);
+  set("eps", adam.eps);
+  set("weight_decay", adam.weight_decay);
+  set("grad_clip_norm", adam.grad_clip_norm);
+  return adam;
+}
+
+struct Probe {
+  const BaseModel& model;
+  std::vector<Adapter> adapters;
+  std::filesystem::path out;
+  std::deque<std::vector<float>> kept;  // what the tensors point at
+  std::vector<safetensors::TensorToWrite> tensors;
+  json::array calls, metrics;
+
+  void call(Trainer& trainer, const json::object& object, const std::string& name) {
+    std::deque<worker_protocol::TrainBatch> batches;
+    std::vector<MicroBatchItem> items;
+    for (const json::value& value : object.at("items").as_array()) {
+      const json::object& entry = value.as_object();
+      batches.push_back(read_batch(entry.at("datums").as_array()));
+      const worker_protocol::LossSpec* loss = worker_protocol::find_loss(std::string(entry.at("loss").as_string()));
+      if (loss == nullptr) throw user_error("unknown loss");
+      MicroBatchItem item;
+      item.adapter = &adapters.at(static_cast<std::size_t>(entry.at("adapter").to_number<int>()));
+      item.batch = &batches.back();
+      item.datum_end = batches.back().num_datums();
+      item.loss = loss->kind;
+      item.config = loss->defaults;
+      if (const json::value* config = entry.if_contains("config")) {
+        for (const auto& [key, v] : config->as_object()) {
+          worker_protocol::set_loss_config(*loss, item.config, std::string(key), v.to_number<double>());
+        }
+      }
+      items.push_back(item);
+    }
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<MicroBatchItemResult> results = trainer.run(items, object.at("backward").as_bool());
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    json::array losses;
+    for (std::size_t i = 0; i < results.size(); ++i) {
+      losses.emplace_back(results[i].loss_sum);
+      kept.push_back(std::move(results[i].logprobs));
+      tensors.push_back({name + ".item" + std::to_string(i) + ".logprobs", safetensors::DType::f32,
+                         {static_cast<std::int64_t>(kept.back().size())}, kept.back().data()});
+    }
+    calls.push_back(json::object{{"losses", losses}, {"seconds", seconds}});
+  }
+
+  void step(Trainer& trainer, const json::object& object, const std::string& name) {
+    if (const json::value* list = object.if_contains("calls")) {
+      int index = 0;
+      for (const json::value& value : list->as_array()) {
+        call(trainer, value.as_object(), name + ".call" + std::to_string(index++));
+      }
+    }
+    if (const json::value* dir = object.if_contains("gradients")) {
+      adapters.at(0).grad = load_adapter_weights(model.spec(), dir->as_string().c_str()).flat;
+    }
+    save_all("grad", true);
+    if (const json::value* adam = object.if_contains("adam")) {
+      for (Adapter& adapter : adapters) {
+        json::object entry;
+        for (const auto& [key, value] : trainer.optim_step(adapter, read_adam(adam->as_object()))) entry[key] = value;
+        metrics.push_back(entry);
+      }
+    }
+  }
+
+  void save_all(const std::string& prefix, bool gradients) {
+    for (std::size_t i = 0; i < adapters.size(); ++i) {
+      const std::filesystem::path dir = out / (prefix + std::to_string(i));
+      std::filesystem::create_directories(dir);
+      AdapterWeights weights = adapters[i].weights;
+      if (gradients) weights.flat = adapters[i].grad;
+      save_adapter_weights(weights, "probe", dir);
+      if (!gradients) save_optimizer(adapters[i], dir);
+    }
+  }
+};
+
+int run(const char* model_dir, const char* job_file, const char* out_dir) {
+  std::ifstream in(job_file);
+  std::stringstream text;
+  text << in.rdbuf();
+  const json::object job = json::parse(text.str()).as_object();
+  EngineOptions options;
+  if (const json::value* threads = job.if_contains("threads")) options.threads = threads->to_number<int>();
+  if (const json::value* policy = job.if_contains("recompute")) {
+    const std::string name(policy->as_string());
+    options.recompute = name == "block" ? Recompute::block : name == "norms_mlp" ? Recompute::norms_mlp : Recompute::none;
+  }
+  const std::unique_ptr<BaseModel> model = BaseModel::load(model_dir, options);
+  Probe probe{*model, {}, out_dir, {}, {}, {}, {}};
+  std::filesystem::create_directories(probe.out);
+  for (const json::value& value : job.at("adapters").as_array()) {
+    probe.adapters.push_back(read_adapter(model->spec(), value.as_object()));
+  }
+  Trainer trainer(*model);
+  int index = 0;
+  for (const json::value& value : job.at("steps").as_array()) {
+    probe.step(trainer, value.as_object(), "step" + std::to_string(index++));
+  }
+  probe.save_all("weights", false);
+  for (std::size_t i = 0; i < probe.adapters.size(); ++i) {
+    save_adapter_state(probe.adapters[i], probe.out / ("state" + std::to_string(i) + ".safetensors"));
+  }
+  safetensors::write_file(probe.out / "results.safetensors", probe.tensors);
+  std::ofstream(probe.out / "results.json") << json::serialize(
+      json::object{{"calls", probe.calls}, {"metrics", probe.metrics}});
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) {
+    std::fprintf(stderr, "usage: engine_probe MODEL_DIR JOB.json OUT_DIR\n");
+    return 2;
+  }
+  try {
+    return run(argv[1], argv[2], argv[3]);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "engine_probe: %s\n", error.what());
+    return 1;
+  }
+}
