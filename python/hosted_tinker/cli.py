@@ -89,7 +89,27 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--max-seq-len", type=_natural, metavar="N", help="longest sequence, 0 for the model's own (default)")
     serve.add_argument("--threads", type=_natural, metavar="N", help="compute threads, 0 for all cores (default)")
+    serve.add_argument(
+        "--durability",
+        choices=["process", "power"],
+        help="what an acknowledged request survives: process: the death of any process (default); power: also a power "
+        "cut, at the cost of a disk flush a request",
+    )
+    limits = serve.add_argument_group("limits")
+    limits.add_argument("--session-timeout", type=_natural, metavar="N", help="seconds without a heartbeat (default: 300)")
+    limits.add_argument("--max-body-bytes", type=_natural, metavar="N", help="largest request as sent (default: 256 MiB)")
+    limits.add_argument(
+        "--max-decoded-bytes", type=_natural, metavar="N", help="largest request after decompression (default: 512 MiB)"
+    )
+    limits.add_argument("--max-connections", type=_natural, metavar="N", help="open connections (default: 16384)")
+    limits.add_argument("--max-queued-samples", type=_natural, metavar="N", help="waiting samples (default: 20000)")
     return top
+
+
+PASSED_ON = (
+    "host port backend backend_config max_seq_len threads durability session_timeout max_body_bytes max_decoded_bytes "
+    "max_connections max_queued_samples"
+).split()
 
 
 def resolve_models(base_models: list[str], aliases: list[tuple[str, str]]) -> list[tuple[str, Path]]:
@@ -115,7 +135,7 @@ def server_command(arguments: argparse.Namespace, models: list[tuple[str, Path]]
     if data_dir is None:
         data_dir = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosted-tinker"
     command += ["--data-dir", str(data_dir)]
-    for option in ("host", "port", "backend", "backend_config", "max_seq_len", "threads"):
+    for option in PASSED_ON:
         value = getattr(arguments, option)
         if value is not None:
             command += [f"--{option.replace('_', '-')}", str(value)]

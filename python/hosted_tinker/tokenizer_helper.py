@@ -1,7 +1,7 @@
 """`python -m hosted_tinker.tokenizer_helper export DIR OUT`: the table of token bytes that stop strings are matched on.
 
 Format (src/worker/token_table.h), little-endian: "HTTT", u32 version = 1, u32 vocabulary size, then for each id: u8 1 for
-a special token, u32 number of bytes, the bytes. An id without a token has no bytes.
+a special token, u32 number of bytes, the bytes. An id without a token counts as special and has no bytes.
 """
 
 import json
@@ -84,7 +84,7 @@ def token_bytes(tokenizer) -> list[tuple[bool, bytes]]:
         return (token.replace("\u2581", " ") if underscore_is_space else token).encode("utf-8")
 
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    table = [(False, b"")] * (max(vocabulary.values(), default=-1) + 1)
+    table = [(True, b"")] * (max(vocabulary.values(), default=-1) + 1)
     for token, token_id in vocabulary.items():
         if token_id in added:  # written as it reads, outside the model's alphabet
             entry = added[token_id]
