@@ -1,0 +1,320 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "base/logging.h"
+#include "server/futures/test_rig.h"
+#include "server/futures/toy_adapter.h"
+
+namespace ht::futures::toy {
+namespace {
+
+namespace wp = worker_protocol;
+using std::chrono::milliseconds;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+class FuturesTest : public ::testing::Test {
+ protected:
+  FuturesTest() {
+    spdlog::set_level(spdlog::level::off);
+    options_.dir = std::filesystem::path(::testing::TempDir()) / ("futures_test_" + std::to_string(::getpid()));
+    options_.dispatch.backoff_first = milliseconds(1);
+    std::filesystem::remove_all(options_.dir);
+    start();
+  }
+  ~FuturesTest() override {
+    rig_.reset();
+    std::filesystem::remove_all(options_.dir);
+  }
+  void start() {
+    rig_.reset();
+    rig_ = std::make_unique<Rig>(options_);
+  }
+  std::string submit(Submission submission) { return rig_->futures->submit(std::move(submission)).request_id; }
+  std::string text(const std::string& id) { return rig_->text(id); }
+  bool ready() {
+    return rig_->run([&] { return rig_->dispatch->status(kBase).state == dispatch::GroupState::ready; });
+  }
+
+  RigOptions options_;
+  std::unique_ptr<Rig> rig_;
+};
+
+TEST_F(FuturesTest, RunsByNumberWhateverTheArrivalOrder) {
+  const auto last = submit(step("s:m", 3, 1e-3));
+  const auto second = submit(train("s:m", 2, {{4, 5}}));
+  submit(create("s:m", 7));
+  EXPECT_EQ(rig_->poll_once(last, milliseconds(50)).state, PollState::pending);
+  EXPECT_EQ(rig_->futures->counts().parked, 2u);
+  submit(train("s:m", 1, {{1, 2, 3}}));
+  Adapter wanted = Adapter::fresh(7);
+  wanted.backward(std::vector<std::int32_t>{1, 2, 3});
+  wanted.backward(std::vector<std::int32_t>{4, 5});
+  EXPECT_THAT(text(second), HasSubstr(fmt::format("g={:.0f} ", visible(wanted.g))));
+  wanted.step(1e-3);
+  EXPECT_THAT(text(last), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+}
+
+TEST_F(FuturesTest, ARepeatedRequestIsTheFirstOne) {
+  const Submitted first = rig_->futures->submit(create("s:m", 7));
+  EXPECT_FALSE(first.duplicate);
+  const auto trained = submit(train("s:m", 1, {{1}}));
+  EXPECT_EQ(submit(train("s:m", 1, {{1}})), trained);
+  text(trained);
+  const Submitted again = rig_->futures->submit(train("s:m", 1, {{1}}));
+  EXPECT_TRUE(again.duplicate);
+  EXPECT_EQ(again.request_id, trained);
+  EXPECT_EQ(again.context, "s:m/1");
+  Submission other = train("s:m", 1, {{2}});
+  other.fingerprint = "other";
+  EXPECT_THROW(submit(other), Error);
+}
+
+TEST_F(FuturesTest, ANumberBelowTheHorizonIsRefused) {
+  submit(create("s:m", 7));
+  rig_->futures->consume("s:m", 1);
+  rig_->futures->consume("s:m", 3);
+  const auto second = submit(step("s:m", 2, 1));
+  EXPECT_THAT(text(second), HasSubstr("steps=1"));
+  for (const std::int64_t seq : {1, 3, -4}) {
+    try {
+      submit(step("s:m", seq, 1));
+      ADD_FAILURE() << seq;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.category(), ErrorCategory::user);
+      EXPECT_THAT(error.what(), HasSubstr("seq_id " + std::to_string(seq)));
+    }
+  }
+  EXPECT_THAT(text(submit(step("s:m", 4, 1))), HasSubstr("steps=2"));
+}
+
+TEST_F(FuturesTest, AnInvalidRequestConsumesItsNumber) {
+  submit(create("s:m", 7));
+  Submission invalid = train("s:m", 1, {{1}});
+  invalid.failure = Failed{ErrorCategory::user, "token 99 is too large"};
+  const auto id = submit(invalid);
+  EXPECT_EQ(text(id), "user: token 99 is too large");
+  EXPECT_THAT(text(submit(step("s:m", 2, 1))), HasSubstr("steps=1"));
+  start();
+  EXPECT_EQ(text(id), "user: token 99 is too large");
+  EXPECT_EQ(submit(invalid), id);
+  EXPECT_THAT(text(submit(step("s:m", 3, 1))), HasSubstr("steps=2"));
+}
+
+TEST_F(FuturesTest, AFailedCreateOfAModelConsumesItsNumberToo) {
+  Submission invalid = create("s:m", 7);
+  invalid.failure = Failed{ErrorCategory::user, "rank 3"};
+  EXPECT_EQ(text(submit(invalid)), "user: rank 3");
+  EXPECT_THAT(text(submit(step("s:m", 1, 1))), HasSubstr("unknown adapter"));
+}
+
+TEST_F(FuturesTest, PollsWakeAtOnceTimeOutAndKnowWhatIsGone) {
+  EXPECT_EQ(rig_->poll_once("r1").state, PollState::unknown);
+  EXPECT_EQ(rig_->poll_once("nonsense").state, PollState::unknown);
+  EXPECT_EQ(rig_->poll_once("r99999999999999999999999").state, PollState::unknown);
+  const auto id = submit(create("s:m", 7));
+  const auto later = submit(step("s:m", 2, 1));
+  text(id);
+  EXPECT_EQ(rig_->poll_once(later, milliseconds(30)).state, PollState::pending);
+  bool woken = false;
+  boost::asio::co_spawn(
+      rig_->io,
+      [&]() -> boost::asio::awaitable<void> {
+        const Poll poll = co_await rig_->futures->poll(later, std::chrono::seconds(30), [] { return false; });
+        woken = poll.state == PollState::done && poll.operation == Operation::optim_step;
+      },
+      boost::asio::detached);
+  rig_->run([] { return false; }, std::chrono::seconds(0));
+  submit(step("s:m", 1, 1));
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_TRUE(rig_->run([&] { return woken; }));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(1));
+}
+
+TEST_F(FuturesTest, TellsWhyItWaits) {
+  const auto id = submit(create("s:m", 7));
+  const Poll poll = rig_->poll_once(id);
+  EXPECT_EQ(poll.queue_state, "paused_capacity");
+  EXPECT_THAT(poll.queue_state_reason, HasSubstr("being loaded"));
+  text(id);
+  rig_->kill_worker();
+  ASSERT_TRUE(rig_->run([&] { return rig_->dispatch->status(kBase).restarts == 1; }));
+  const auto next = submit(step("s:m", 1, 1));
+  EXPECT_THAT(rig_->poll_once(next).queue_state_reason, HasSubstr("killed by signal 9"));
+  EXPECT_THAT(text(next), HasSubstr("steps=1"));
+}
+
+TEST_F(FuturesTest, AModelThatCannotBeLoadedIsSaid) {
+  options_.model_dir = "";
+  start();
+  EXPECT_TRUE(rig_->run([&] { return rig_->dispatch->status(kBase).restarts >= 2; }));
+  EXPECT_THAT(rig_->dispatch->status(kBase).last_error, HasSubstr("no such model"));
+}
+
+TEST_F(FuturesTest, CancelEndsASample) {
+  ready();
+  submit(create("s:m", 7));
+  const auto blocked = submit(sample("s", 1, "", "", 5));
+  rig_->futures->cancel(blocked);
+  rig_->futures->cancel("nonsense");
+  EXPECT_EQ(text(blocked), "user: the request was cancelled");
+  EXPECT_THAT(text(submit(sample("s", 2, "", "", 5))), StartsWith("["));
+}
+
+TEST_F(FuturesTest, ASampleWaitsForItsVersion) {
+  const auto dir = options_.dir / "v1";
+  const auto early = submit(sample("s", 1, "v1", dir, 5, 1));
+  EXPECT_THAT(text(early), HasSubstr("unknown version"));  // nothing says that it will come
+  const auto published = submit(publish("s:m", 1, "v2", dir));
+  const auto waiting = submit(sample("s", 2, "v2", dir, 5, 1));
+  EXPECT_EQ(rig_->poll_once(waiting, milliseconds(50)).state, PollState::pending);
+  submit(create("s:m", 7));
+  EXPECT_THAT(text(waiting), HasSubstr(std::to_string(sampled(Adapter::fresh(7).w, 5, 0))));
+}
+
+TEST_F(FuturesTest, TheEndOfASessionFailsWhatIsParked) {
+  const auto id = submit(create("s:m", 7));
+  text(id);
+  const auto parked = submit(step("s:m", 5, 1));
+  const auto other = submit(create("t:m", 7));
+  submit(publish("t:m", 2, "w", options_.dir / "w"));
+  const auto waiting = submit(sample("s", 1, "w", options_.dir / "w", 5));
+  rig_->futures->end_session("s", {"s:m"}, "finished");
+  EXPECT_EQ(text(parked), "user: the session has ended (finished)");
+  EXPECT_EQ(text(waiting), "user: the session has ended (finished)");
+  EXPECT_THAT(text(other), StartsWith("ok"));
+  EXPECT_THROW(submit(step("s:m", 1, 1)), Error);
+  start();
+  EXPECT_EQ(text(parked), "user: the session has ended (finished)");
+  EXPECT_THAT(text(submit(step("t:m", 1, 1))), HasSubstr("steps=1"));
+}
+
+TEST_F(FuturesTest, ARequestThatKillsTheWorkerFailsAlone) {
+  const auto made = submit(create("s:m", 7));
+  submit(create("s:n", 8));
+  text(made);
+  std::vector<std::string> good;
+  for (int i = 1; i <= 10; ++i) good.push_back(submit(train("s:n", i, {{i}})));
+  const auto deadly = submit(train("s:m", 1, {{3}, {4}, {5}, {kDeadly}}));
+  const auto after = submit(step("s:m", 2, 1));
+  const auto sampled = submit(sample("s", 1, "", "", 5));
+  EXPECT_THAT(text(deadly), StartsWith("server: the worker ended each time"));
+  EXPECT_THAT(text(after), HasSubstr("steps=1"));
+  Adapter wanted = Adapter::fresh(7);
+  wanted.step(1);
+  EXPECT_THAT(text(after), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+  for (const auto& id : good) EXPECT_THAT(text(id), HasSubstr("g="));
+  EXPECT_THAT(text(sampled), StartsWith("["));
+  Submission killer = sample("s", 2, "", "", 5);
+  std::get<wp::Sample>(killer.work).prompt = {kDeadly};
+  EXPECT_THAT(text(submit(killer)), StartsWith("server: the worker ended each time"));
+  EXPECT_THAT(text(submit(step("s:m", 3, 1))), HasSubstr("steps=2"));
+}
+
+TEST_F(FuturesTest, AFailureOfTheWorkerIsAnOutcomeAndIsNotRepeated) {
+  submit(create("s:m", 7));
+  const auto refused = submit(train("s:m", 1, {{kRefused}}));
+  EXPECT_EQ(text(refused), "user: refused");
+  const auto next = submit(step("s:m", 2, 1));
+  const auto before = text(next);
+  rig_->kill_worker();
+  EXPECT_THAT(text(submit(step("s:m", 3, 1))), HasSubstr("steps=2"));
+  EXPECT_EQ(text(refused), "user: refused");
+  EXPECT_EQ(text(next), before);
+}
+
+TEST_F(FuturesTest, ACompletionMayFailAndTheStepStays) {
+  rig_->futures->set_completion(Operation::forward_backward, [](const auto&, const auto&, const auto&) -> Outcome {
+    throw user_error("cannot encode");
+  });
+  submit(create("s:m", 7));
+  EXPECT_EQ(text(submit(train("s:m", 1, {{1, 2}}))), "user: cannot encode");
+  rig_->kill_worker();
+  Adapter wanted = Adapter::fresh(7);
+  wanted.backward(std::vector<std::int32_t>{1, 2});
+  wanted.step(1);
+  EXPECT_THAT(text(submit(step("s:m", 2, 1))), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+}
+
+TEST_F(FuturesTest, ResultsSurviveTheServerWithoutMemory) {
+  options_.futures.memory_bytes = 0;  // all is read again
+  start();
+  std::vector<std::string> ids{submit(create("s:m", 7))};
+  for (int i = 1; i <= 20; ++i) ids.push_back(submit(i % 4 == 0 ? step("s:m", i, i) : train("s:m", i, {{i, 2}, {i}})));
+  std::vector<std::string> first;
+  for (const auto& id : ids) first.push_back(text(id));
+  start();
+  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(text(ids[i]), first[i]);
+  EXPECT_EQ(submit(train("s:m", 1, {{1, 2}, {1}})), ids[1]);
+  EXPECT_THAT(text(submit(step("s:m", 21, 1))), HasSubstr("steps=6"));
+}
+
+TEST_F(FuturesTest, AFullDiskRefusesTheRequestAndLosesNothing) {
+  ASSERT_TRUE(ready());
+  text(submit(create("s:m", 7)));
+  ::signal(SIGXFSZ, SIG_IGN);
+  rlimit before{};
+  ::getrlimit(RLIMIT_FSIZE, &before);
+  rlimit tight = before;
+  tight.rlim_cur = std::filesystem::file_size(options_.dir / "journal" / "0000000001.journal");
+  ::setrlimit(RLIMIT_FSIZE, &tight);
+  EXPECT_THROW(submit(step("s:m", 1, 1)), Unavailable);
+  // Room for the request, none for its outcome: the outcome waits.
+  tight.rlim_cur += 200;
+  ::setrlimit(RLIMIT_FSIZE, &tight);
+  const auto id = submit(step("s:m", 1, 1));
+  EXPECT_EQ(rig_->poll_once(id, milliseconds(200)).state, PollState::pending);
+  ::setrlimit(RLIMIT_FSIZE, &before);
+  EXPECT_THAT(text(id), HasSubstr("steps=1"));
+  EXPECT_THAT(text(submit(step("s:m", 2, 1))), HasSubstr("steps=2"));
+}
+
+TEST_F(FuturesTest, ForgetsAfterRetentionAndStillKnowsTheModels) {
+  options_.futures.retention = milliseconds(300);
+  options_.futures.housekeeping = milliseconds(50);
+  options_.segment_bytes = 2000;
+  options_.dispatch.snapshot_after_seconds = 0.05;
+  start();
+  submit(create("s:m", 7));
+  Adapter wanted = Adapter::fresh(7);
+  std::string id;
+  const auto dir = options_.dir / "v";
+  id = submit(publish("s:m", 1, "v", dir));
+  for (int i = 2; i <= 60; ++i) {
+    id = submit(i % 2 == 0 ? train("s:m", i, {{i}}) : step("s:m", i, i));
+    text(id);
+    if (i % 2 == 0) wanted.backward(std::vector<std::int32_t>{i});
+    if (i % 2 == 1) wanted.step(i);
+  }
+  rig_->futures->consume("s:m", 62);
+  ASSERT_TRUE(rig_->run([&] { return rig_->journal->first_segment() > 1; }));
+  ASSERT_TRUE(rig_->run([&] { return rig_->poll_once(id).state == PollState::gone; }));
+  for (int round = 0; round < 2; ++round) {
+    start();
+    EXPECT_GT(rig_->journal->first_segment(), 1u);
+    EXPECT_EQ(rig_->poll_once("r1").state, PollState::gone);
+    EXPECT_THROW(submit(step("s:m", 5, 1)), Error);
+    EXPECT_THROW(submit(step("s:m", 62, 1)), Error);
+  }
+  const auto next = submit(step("s:m", 61, 9));
+  wanted.step(9);
+  EXPECT_THAT(text(next), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+  EXPECT_THAT(text(submit(step("s:m", 63, 9))), HasSubstr("steps=31"));
+  EXPECT_THAT(text(submit(sample("s", 1, "v", dir, 5, 1))),
+              HasSubstr(std::to_string(sampled(Adapter::fresh(7).w, 5, 0))));
+}
+
+TEST_F(FuturesTest, TooManySamplesAreRefused) {
+  options_.futures.max_queued_samples = 3;
+  options_.model_dir = "";  // never ready
+  start();
+  for (int i = 0; i < 3; ++i) submit(sample("s", i, "", "", 5));
+  EXPECT_THROW(submit(sample("s", 3, "", "", 5)), Busy);
+  submit(sample("s", 1, "", "", 5));  // a repeated one is no new one
+}
+
+}  // namespace
+}  // namespace ht::futures::toy
