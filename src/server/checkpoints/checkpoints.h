@@ -6,12 +6,17 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "model_spec/lora_sites.h"
+
+namespace ht::store {
+class Database;
+}
 
 namespace ht::checkpoints {
 
@@ -75,5 +80,9 @@ class Checkpoints {
   virtual std::filesystem::path version_dir(const std::string& version) = 0;
   virtual void remove_version(const std::string& version) = 0;
 };
+
+// Keeps the files under `data_dir`: checkpoints/<run>/<kind>/<name>~<request>, staging/<request>, versions/<version>.
+// Finishes deletions that a crash cut short. `database` outlives the result.
+std::unique_ptr<Checkpoints> make_checkpoints(store::Database& database, const std::filesystem::path& data_dir);
 
 }  // namespace ht::checkpoints

@@ -14,6 +14,10 @@
 
 #include "model_spec/lora_sites.h"
 
+namespace ht::store {
+class Database;
+}
+
 namespace ht::sessions {
 
 using Clock = std::chrono::system_clock;
@@ -66,7 +70,8 @@ class Sessions {
   virtual const Session& active_session(const std::string& id) const = 0;
   // False: the session is over (410).
   virtual bool heartbeat(const std::string& id) = 0;
-  // First call wins. Ends the session: `on_end` listeners are called.
+  // First call wins. Ends the session: `on_end` listeners are called, then the end is written, so that a crash between
+  // repeats it. Error(user) for an unknown id.
   virtual void finish(const std::string& id, const std::string& reason, const std::string& detail) = 0;
   virtual std::vector<Session> list_sessions(std::size_t limit, std::size_t offset) const = 0;
 
@@ -84,8 +89,14 @@ class Sessions {
   virtual std::vector<std::string> samplers_of(const std::string& session_id) const = 0;
 
   virtual void on_end(std::function<void(const Session&, const std::string& reason)> listener) = 0;
-  // Ends sessions without a heartbeat for `timeout`; time that the server was down does not count. Call it now and then.
+  // Ends sessions without a heartbeat for `timeout`. Time that the server was down does not count, nor does a gap of more
+  // than kLongestGap between two calls: the process was stopped then, and heartbeats could not be read. Also writes
+  // the last heartbeats and requests to the database.
+  static constexpr std::chrono::seconds kLongestGap{60};
   virtual void expire(std::chrono::seconds timeout) = 0;
 };
+
+// Reads what the database holds. `database` outlives the result.
+std::unique_ptr<Sessions> make_sessions(store::Database& database);
 
 }  // namespace ht::sessions
