@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tinker
 from tinker import types
 
 from datums import adam, logprobs_of, random_datum, random_tokens, rl_datum, sequence_datum, train_step
@@ -162,6 +163,33 @@ def test_policy_losses(client, name, config):
     expected = reference_loss(name, lp.astype(np.float64), q, a, config)
     assert loss_of(result) == pytest.approx(expected, rel=2e-4, abs=2e-4)
     np.testing.assert_allclose(logprobs_of(result)[0], lp, atol=1e-5)
+
+
+def with_spans(datum, prompt_rows, count, sequence="s:1:0"):
+    prompt = types.PromptProvenanceSpan(sequence_id=sequence, length=prompt_rows)
+    sampled = types.SampledProvenanceSpan(sequence_id=sequence, length=count - prompt_rows)
+    return datum.with_provenance(model_input=[prompt, sampled], loss_fn_inputs=[prompt, sampled])
+
+
+@pytest.mark.parametrize("config", [{}, {"ratio_max": 1.1}])
+def test_stable_reinforce(client, config):
+    """docs/losses.md: −Σ sg(min(ratio, c))·A·lp, with provenance on every datum."""
+    tokens = random_tokens(6, 13)
+    (lp,) = logprobs_of(client.forward([sequence_datum(tokens)], loss_fn="cross_entropy").result())
+    rng = np.random.default_rng(1)
+    q = (lp + rng.normal(0, 0.8, lp.shape)).astype(np.float32)
+    a = rng.normal(0, 1, lp.shape).astype(np.float32)
+    a[:4] = 0
+    datum = with_spans(rl_datum(tokens, q.tolist(), a.tolist()), 4, 12)
+    result = client.forward_backward([datum], loss_fn="stable_reinforce", loss_fn_config=config or None).result()
+    ratio = np.minimum(np.exp(lp.astype(np.float64) - q), config.get("ratio_max", 2.0))
+    assert loss_of(result) == pytest.approx(-float((ratio * a * lp).sum()), rel=2e-4, abs=2e-4)
+
+
+def test_stable_reinforce_refuses_advantages_on_the_prompt(client):
+    datum = with_spans(rl_datum(random_tokens(6, 13), [-1.0] * 12, [1.0] * 12), 4, 12)
+    with pytest.raises(tinker.RequestFailedError, match="advantages"):
+        client.forward_backward([datum], loss_fn="stable_reinforce").result()
 
 
 def test_on_policy_importance_sampling_moves_like_cross_entropy(service):
