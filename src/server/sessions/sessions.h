@@ -1,7 +1,7 @@
 #pragma once
 
-// Sessions, the models and the samplers that live in them, and their expiry. Kept in SQLite (store/database.h), cached in
-// memory: a lookup is no query.
+// Sessions, the models and the samplers that live in them, and their expiry. Kept in SQLite (store/database.h), cached
+// in memory: a lookup is no query.
 
 #include <chrono>
 #include <cstdint>
@@ -41,8 +41,8 @@ struct Model {
   std::string id;  // <session>:train:<model_seq_id>: also the training run's id
   std::string session_id;
   std::int64_t model_seq_id = 0;
-  std::string base_model;   // as the client named it
-  std::string base_dir;     // canonical directory that serves it
+  std::string base_model;  // as the client named it
+  std::string base_dir;    // canonical directory that serves it
   model_spec::LoraConfig lora;
   std::string user_metadata;  // JSON object or empty
   Clock::time_point created_at;
@@ -89,9 +89,9 @@ class Sessions {
   virtual std::vector<std::string> samplers_of(const std::string& session_id) const = 0;
 
   virtual void on_end(std::function<void(const Session&, const std::string& reason)> listener) = 0;
-  // Ends sessions without a heartbeat for `timeout`. Time that the server was down does not count, nor does a gap of more
-  // than kLongestGap between two calls: the process was stopped then, and heartbeats could not be read. Also writes
-  // the last heartbeats and requests to the database.
+  // Ends sessions without a heartbeat for `timeout`. Time that the server was down does not count, nor does a gap of
+  // more than kLongestGap between two calls: the process was stopped then, and heartbeats could not be read. Also
+  // writes the last heartbeats and requests to the database.
   static constexpr std::chrono::seconds kLongestGap{60};
   virtual void expire(std::chrono::seconds timeout) = 0;
 };
