@@ -16,6 +16,9 @@ constexpr int kBuckets = 1024;
 // Logits (over the temperature) further than this below the best share the last bucket.
 constexpr float kBucketRange = 32.0f;
 
+// The kernel's exp does not go below the smallest normal float: a logit of -infinity has that weight.
+constexpr float kNoWeight = 2e-38f;
+
 bool better(const std::pair<float, std::int32_t>& a, const std::pair<float, std::int32_t>& b) {
   return a.first != b.first ? a.first > b.first : a.second < b.second;
 }
@@ -125,11 +128,10 @@ std::int32_t TokenDistribution::draw(double unit) const {
   ht_row_exp(&logits_[begin], static_cast<std::int64_t>(size), max_, inverse_temperature_, weights.data());
   double cumulative = 0;
   std::size_t token = 0;  // the last that has weight: rounding may leave `wanted` just above the block's sum
-  for (std::size_t i = 0; i < size; ++i) {
-    const double next = cumulative + weights[i];
-    if (next > cumulative) token = i;
-    cumulative = next;
-    if (cumulative > wanted) break;
+  for (std::size_t i = 0; i < size && cumulative <= wanted; ++i) {
+    if (weights[i] < kNoWeight) continue;
+    cumulative += weights[i];
+    token = i;
   }
   return static_cast<std::int32_t>(begin + token);
 }
