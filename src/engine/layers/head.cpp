@@ -36,7 +36,8 @@ void Head::logits_out(const at::Tensor& hidden, std::span<const LoraSegment> seg
 }
 
 void Head::logprobs(const at::Tensor& hidden, std::span<const LoraSegment> segments, const RowTargets& targets,
-                    std::int64_t row_begin, std::int64_t row_end, float* logprobs) const {
+                    std::int64_t row_begin, std::int64_t row_end, float* logprobs,
+                    const std::function<void()>& between_chunks) const {
   const std::int64_t vocab = unembedding.weight.size(0);
   const at::Tensor buffer = at::empty({std::min(kChunkRows, row_end - row_begin), vocab}, hidden.options());
   for (std::int64_t begin = row_begin; begin < row_end; begin += kChunkRows) {
@@ -44,11 +45,13 @@ void Head::logprobs(const at::Tensor& hidden, std::span<const LoraSegment> segme
     at::Tensor chunk = buffer.narrow(0, 0, rows);
     logits_out(hidden.narrow(0, begin, rows), clip(segments, begin, begin + rows), chunk);
     gather_logprobs(chunk, logsumexp_rows(chunk), targets, begin, logprobs);
+    if (between_chunks) between_chunks();
   }
 }
 
 at::Tensor Head::loss_backward(const at::Tensor& hidden, std::span<const LoraSegment> segments,
-                               const RowTargets& targets, const TokenLoss& loss, float* logprobs) const {
+                               const RowTargets& targets, const TokenLoss& loss, float* logprobs,
+                               const std::function<void()>& between_chunks) const {
   const std::int64_t total = hidden.size(0), vocab = unembedding.weight.size(0);
   const at::Tensor buffer = at::empty({std::min(kChunkRows, total), vocab}, hidden.options());
   at::Tensor dhidden = at::empty_like(hidden);
@@ -71,7 +74,10 @@ at::Tensor Head::loss_backward(const at::Tensor& hidden, std::span<const LoraSeg
     while (last > first && all_zero(dlogprobs.data(), targets.offsets[last - 1], targets.offsets[last])) --last;
     if (first > begin) dhidden.narrow(0, begin, first - begin).zero_();
     if (last < end) dhidden.narrow(0, last, end - last).zero_();
-    if (first == last) continue;
+    if (first == last) {
+      if (between_chunks) between_chunks();
+      continue;
+    }
     at::Tensor dlogits = chunk.narrow(0, first - begin, last - first);
     logprobs_backward(dlogits, lse.narrow(0, first - begin, last - first), targets, first, dlogprobs.data());
     at::Tensor dx = dhidden.narrow(0, first, last - first);
@@ -80,6 +86,7 @@ at::Tensor Head::loss_backward(const at::Tensor& hidden, std::span<const LoraSeg
     const std::vector<LoraSegment> active = clip(segments, first, last);
     const LoraView lora_active = LoraView::of_unembedding(active);
     lora_backward(lora_active, x_active, lora_project(lora_active, x_active), dlogits, dx);
+    if (between_chunks) between_chunks();
   }
   return dhidden;
 }

@@ -18,6 +18,7 @@ using TokenLoss = std::function<void(std::int64_t target_begin, std::int64_t tar
                                      float* dlogprobs)>;
 
 // The unembedding with its LoRA, fused with log-softmax and the loss over chunks of rows: the full logits never exist.
+// `between_chunks` is called after each chunk; it may be empty.
 struct Head {
   BaseLinear unembedding;  // (vocab, hidden)
 
@@ -26,10 +27,12 @@ struct Head {
 
   // Logprobs of all targets of `hidden`'s rows [row_begin, row_end), without gradients.
   void logprobs(const at::Tensor& hidden, std::span<const LoraSegment> segments, const RowTargets& targets,
-                std::int64_t row_begin, std::int64_t row_end, float* logprobs) const;
+                std::int64_t row_begin, std::int64_t row_end, float* logprobs,
+                const std::function<void()>& between_chunks = {}) const;
   // Logprobs of all rows' targets, the loss's gradient through them into the unembedding's LoRA, and d(hidden) (T, hidden).
   at::Tensor loss_backward(const at::Tensor& hidden, std::span<const LoraSegment> segments, const RowTargets& targets,
-                           const TokenLoss& loss, float* logprobs) const;
+                           const TokenLoss& loss, float* logprobs,
+                           const std::function<void()>& between_chunks = {}) const;
 };
 
 }  // namespace ht::engine

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
+#include <string>
 
 #include "base/error.h"
 #include "engine/runtime/base_model_impl.h"
@@ -61,7 +63,18 @@ Trainer::Trainer(const BaseModel& model) : model_(model) {}
 
 std::vector<MicroBatchItemResult> Trainer::run(std::span<const MicroBatchItem> items, bool backward,
                                                const std::function<void()>& between_blocks) {
-  const c10::InferenceMode no_autograd;
+  try {
+    return run_packed(items, backward, between_blocks);
+  } catch (const c10::Error& error) {
+    throw server_error(std::string("the micro-batch failed: ") + error.what_without_backtrace());
+  } catch (const std::bad_alloc&) {
+    throw server_error("the micro-batch failed: out of memory");
+  }
+}
+
+std::vector<MicroBatchItemResult> Trainer::run_packed(std::span<const MicroBatchItem> items, bool backward,
+                                                      const std::function<void()>& between_blocks) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const DenseDecoder& model = model_.impl().model;
   const Recompute recompute = model_.options().recompute;
   PackedBatch packed = pack(items, model.spec.vocab_size);
@@ -88,7 +101,8 @@ std::vector<MicroBatchItemResult> Trainer::run(std::span<const MicroBatchItem> i
   for (std::size_t i = 0; i < items.size(); ++i) {
     const PackedBatch::ItemRange& range = packed.items[i];
     if (backward && items[i].loss != LossKind::gspo) continue;
-    model.head.logprobs(hidden, packed.segments, targets, range.row_begin, range.row_end, logprobs.data());
+    model.head.logprobs(hidden, packed.segments, targets, range.row_begin, range.row_end, logprobs.data(),
+                        between_blocks);
     results[i].loss_sum = datum_losses(items[i], range, logprobs.data(), dlogprobs.data());
   }
   if (backward) {
@@ -104,7 +118,8 @@ std::vector<MicroBatchItemResult> Trainer::run(std::span<const MicroBatchItem> i
         }
       }
     };
-    const at::Tensor dhidden = model.head.loss_backward(hidden, packed.segments, targets, loss, logprobs.data());
+    const at::Tensor dhidden =
+        model.head.loss_backward(hidden, packed.segments, targets, loss, logprobs.data(), between_blocks);
     run_blocks_backward(model, sequences, packed.segments, tape, dhidden, recompute, between_blocks);
     for (std::size_t i = 0; i < packed.adapters.size(); ++i) packed.adapters[i]->grad.add_(scratch[i]);
   }
@@ -116,7 +131,7 @@ std::vector<MicroBatchItemResult> Trainer::run(std::span<const MicroBatchItem> i
 }
 
 std::map<std::string, double> Trainer::optim_step(Adapter& adapter, const worker_protocol::AdamParams& params) {
-  const c10::InferenceMode no_autograd;
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const double norm = global_norm(adapter.grad);
   if (!std::isfinite(norm)) {
     adapter.grad.zero_();

@@ -33,8 +33,8 @@ class Trainer {
   explicit Trainer(const BaseModel& model);
 
   // One packed batch over all items; items of one adapter must be adjacent. With `backward`, gradients are added to each
-  // adapter's buffer. `between_blocks` is called between transformer blocks (a long batch lets samples through there);
-  // it may be empty. Throws Error(server) on a failure that leaves gradients untouched.
+  // adapter's buffer. `between_blocks` is called between transformer blocks and between chunks of the head (a long batch
+  // lets samples through there); it may be empty, and what it throws passes through. Throws Error(server) on a failure that leaves gradients untouched.
   std::vector<MicroBatchItemResult> run(std::span<const MicroBatchItem> items, bool backward,
                                         const std::function<void()>& between_blocks = {});
 
@@ -44,6 +44,9 @@ class Trainer {
   std::map<std::string, double> optim_step(Adapter& adapter, const worker_protocol::AdamParams& params);
 
  private:
+  std::vector<MicroBatchItemResult> run_packed(std::span<const MicroBatchItem> items, bool backward,
+                                               const std::function<void()>& between_blocks);
+
   const BaseModel& model_;
 };
 
