@@ -44,6 +44,7 @@ void serve(const std::shared_ptr<Shared>& shared, tcp::socket socket) {
   shared->connections.insert(connection);
   auto over = [shared, connection](const std::exception_ptr& failure) {
     shared->connections.erase(connection);
+    if (shared->stopping && shared->connections.empty()) shared->grace_timer.cancel();
     if (!failure || shared->stopping) return;
     try {
       std::rethrow_exception(failure);
@@ -126,6 +127,7 @@ void Server::stop(std::chrono::milliseconds grace) {
   shared->stopping = true;
   boost::system::error_code ignored;
   shared->acceptor.close(ignored);
+  shared->grace_timer.cancel();
   const auto each = [](const Shared& all, auto&& action) {
     const std::vector<std::shared_ptr<Connection>> connections(all.connections.begin(), all.connections.end());
     for (const auto& connection : connections) action(*connection);
@@ -133,6 +135,7 @@ void Server::stop(std::chrono::milliseconds grace) {
   each(*shared, [](Connection& connection) { connection.close_if_idle(); });
   const auto abort_all = [shared, each] { each(*shared, [](Connection& connection) { connection.abort(); }); };
   if (grace.count() == 0) return abort_all();
+  if (shared->connections.empty()) return;
   shared->grace_timer.expires_after(grace);
   shared->grace_timer.async_wait([abort_all](const boost::system::error_code& error) {
     if (!error) abort_all();

@@ -77,6 +77,7 @@ struct WorkerGroup::Impl : std::enable_shared_from_this<WorkerGroup::Impl> {
   void on_process_gone();
   void finish_when_drained();
   void kill_after(std::chrono::milliseconds wait, std::string why);
+  void kill_now(std::string why);
   void kill_group() { ::kill(-pid, SIGKILL); }
 
   Stream& stream_of(wp::Lane lane) { return streams[static_cast<std::size_t>(lane)]; }
@@ -168,8 +169,7 @@ asio::awaitable<void> WorkerGroup::Impl::read(wp::Lane lane) {
       if (!deliver(lane, payload)) co_return;
     }
     if (!damage.empty()) {
-      kill_after(std::chrono::milliseconds(0),
-                 "sent garbage on its " + std::string(name_of(lane)) + " stream: " + damage);
+      kill_now("sent garbage on its " + std::string(name_of(lane)) + " stream: " + damage);
       co_return;
     }
   }
@@ -181,8 +181,7 @@ bool WorkerGroup::Impl::deliver(wp::Lane lane, const std::string& payload) {
   try {
     reply = wp::decode_reply(payload);
   } catch (const Error& failure) {
-    kill_after(std::chrono::milliseconds(0),
-               "sent garbage on its " + std::string(name_of(lane)) + " stream: " + failure.what());
+    kill_now("sent garbage on its " + std::string(name_of(lane)) + " stream: " + failure.what());
     return false;
   }
   if (!abandoned && callbacks.on_reply) callbacks.on_reply(std::move(reply));
@@ -201,10 +200,13 @@ void WorkerGroup::Impl::lane_ended(wp::Lane lane) {
 void WorkerGroup::Impl::kill_after(std::chrono::milliseconds wait, std::string why) {
   timer.expires_after(wait);
   timer.async_wait([self = shared_from_this(), why = std::move(why)](const error_code& error) {
-    if (error || self->exited) return;
-    if (self->kill_reason.empty()) self->kill_reason = why;
-    self->kill_group();
+    if (!error && !self->exited) self->kill_now(why);
   });
+}
+
+void WorkerGroup::Impl::kill_now(std::string why) {
+  if (kill_reason.empty()) kill_reason = std::move(why);
+  if (!exited) kill_group();
 }
 
 void WorkerGroup::Impl::stop(std::chrono::milliseconds grace) {
