@@ -38,7 +38,8 @@ struct TinkerPath {
   std::string checkpoint_id() const;  // "weights/0001"
 };
 
-// A checkpoint's name: one path segment of letters, digits, '.', '_', '-' and ' ', not starting with a dot. Error(user).
+// A checkpoint's name: one path segment of letters, digits, '.', '_', '-' and ' ', not starting with a dot.
+// Error(user).
 void check_name(std::string_view name);
 
 struct Checkpoint {
