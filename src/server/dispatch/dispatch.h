@@ -37,6 +37,7 @@ struct Options {
   double snapshot_after_seconds = 60.0;                       // of compute since the last cut: what a replay would cost
   std::size_t snapshot_after_bytes = std::size_t{512} << 20;  // of requests since the last cut
   std::size_t snapshot_after_requests = 20000;                // ditto
+  std::chrono::milliseconds snapshot_retry{1000};             // after one that could not be used
   std::size_t model_in_flight = 64;                           // requests sent ahead to the worker, per model
   std::size_t model_in_flight_bytes = std::size_t{64} << 20;
   std::size_t samples_in_flight = 512;

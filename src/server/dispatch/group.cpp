@@ -91,7 +91,8 @@ void Group::completed(RequestId number, bool applied) {
   const Place place = index_.at(number);
   entry->item.completed = true;
   entry->item.applied = applied;
-  if (!entry->replayable()) {
+  // What ran stays until the next cut, which may name it as an adapter's last request; a restart lets it go.
+  if (entry->dead() && !entry->executed) {
     forget(*place.lane, place.seq);
     if (state_ == GroupState::ready) pump_lane(*place.lane);
   }

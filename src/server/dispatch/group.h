@@ -50,7 +50,7 @@ class Group {
   void restore_snapshot(const SnapshotCut& cut);
   void restore_micro_batch(const worker_protocol::MicroBatch& micro_batch);
   void restore_version(Lane& lane, const std::string& version);
-  // Recovery is over: what need not run again is let go.
+  // No worker runs: what need not run again is let go.
   void settle();
 
  private:

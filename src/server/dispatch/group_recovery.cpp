@@ -18,9 +18,6 @@ using std::chrono::milliseconds;
 
 namespace {
 
-// Between a snapshot that could not be used and the next try.
-constexpr milliseconds kSnapshotRetry{1000};
-
 std::string failure_of(const wp::Reply& reply) {
   const auto* failure = std::get_if<wp::Failure>(&reply.body);
   return failure == nullptr ? std::string() : failure->message;
@@ -76,7 +73,13 @@ void Group::launch() {
   const auto mine = [current = epoch_, epoch] { return *current == epoch; };
   workers::WorkerGroup::Callbacks callbacks;
   callbacks.on_reply = [this, mine](wp::Reply reply) {
-    if (mine()) on_reply(std::move(reply));
+    if (!mine()) return;
+    const RequestId id = reply.id;
+    try {
+      on_reply(std::move(reply));
+    } catch (const std::exception& error) {
+      spdlog::error("{}: the reply to request {} could not be used: {}", group_.name, id, error.what());
+    }
   };
   callbacks.on_exit = [this, mine](std::string reason) {
     if (mine()) on_exit(reason);
@@ -225,6 +228,7 @@ void Group::rewind() {
       version.made = version.on_disk;
     }
   }
+  settle();
   for (auto it = samples_.begin(); it != samples_.end();) {
     it->second.sent = false;
     if (it->second.cancelled) {
@@ -315,7 +319,7 @@ void Group::maybe_snapshot() {
   std::filesystem::create_directories(cut.cut.dir, error);
   if (error) {
     spdlog::error("{}: cannot make {}: {}", group_.name, cut.cut.dir, error.message());
-    next_snapshot_ = std::chrono::steady_clock::now() + kSnapshotRetry;
+    next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
     return;
   }
   // What is done now is inside; the answer may name later requests.
@@ -335,7 +339,7 @@ void Group::on_snapshot(const wp::Reply& reply) {
   const auto* result = done == nullptr ? nullptr : std::get_if<wp::SnapshotResult>(&done->body);
   if (result == nullptr) {
     spdlog::error("{}: no snapshot: {}", group_.name, failure_of(reply));
-    return discard_cut(kSnapshotRetry);
+    return discard_cut(options_.snapshot_retry);
   }
   for (const auto& [adapter, last] : result->last_request) {
     const auto found = index_.find(last);
@@ -352,7 +356,7 @@ void Group::on_snapshot(const wp::Reply& reply) {
       if (number > seq || entry.item.kind != Kind::publish) continue;
       const auto version = versions_.find(entry.item.version);
       if (version != versions_.end() && !version->second.on_disk && !version->second.failed) {
-        return discard_cut(kSnapshotRetry);
+        return discard_cut(options_.snapshot_retry);
       }
     }
   }
@@ -375,7 +379,7 @@ void Group::try_adopt() {
   } catch (const std::exception& error) {
     spdlog::error("{}: the snapshot could not be journalled: {}", group_.name, error.what());
     remove_tree(adopted.cut.dir);
-    next_snapshot_ = std::chrono::steady_clock::now() + kSnapshotRetry;
+    next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
     return;
   }
   remove_tree(std::exchange(snapshot_dir_, adopted.cut.dir));
@@ -453,10 +457,11 @@ void Group::settle() {
   for (auto& [model, lane] : lanes_) {
     std::vector<std::int64_t> over;
     for (const auto& [seq, entry] : lane.entries()) {
-      if (entry.item.completed && !entry.replayable()) over.push_back(seq);
+      if (entry.dead()) over.push_back(seq);
     }
     for (const std::int64_t seq : over) forget(lane, seq);
   }
+  replay_cursor_ = 0;
   prune_micro_batches();
 }
 

@@ -23,6 +23,8 @@ struct Entry {
 
   // A recovery runs it again although its outcome is known.
   bool replayable() const;
+  // No recovery needs it.
+  bool dead() const { return item.completed && !replayable(); }
 };
 
 class Lane {
