@@ -154,7 +154,7 @@ RigOptions rig_options(const std::filesystem::path& dir) {
   RigOptions options;
   options.dir = dir;
   options.segment_bytes = 20000;
-  options.backend_config = R"({"delay_us":300,"compute":0.01})";
+  options.backend_config = R"({"delay_us":1000,"compute":0.01})";
   options.dispatch.snapshot_after_seconds = 0.25;
   options.dispatch.snapshot_retry = milliseconds(5);
   options.dispatch.backoff_first = milliseconds(1);
@@ -185,7 +185,7 @@ Outcomes serve(const std::filesystem::path& dir, unsigned seed, int kills, std::
     });
   }
   Outcomes outcomes;
-  const auto next_kill = [&] { return std::chrono::steady_clock::now() + milliseconds(5 + random() % 100); };
+  const auto next_kill = [&] { return std::chrono::steady_clock::now() + milliseconds(5 + random() % 50); };
   auto kill_at = next_kill();
   std::string snapshot;
   outcomes.finished = rig.run(
@@ -258,7 +258,7 @@ TEST_F(ChaosTest, ServersDieAtRandomInstants) {
       }
       ::_exit(code);
     }
-    const auto life = milliseconds(lives < kKills ? 20 + static_cast<long>(random() % 130) : 60000);
+    const auto life = milliseconds(lives < kKills ? 20 + static_cast<long>(random() % 80) : 60000);
     const auto end = std::chrono::steady_clock::now() + life;
     while (!finished && std::chrono::steady_clock::now() < end) {
       finished = ::waitpid(child, &status, WNOHANG) == child;
