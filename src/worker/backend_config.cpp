@@ -1,0 +1,144 @@
+#include "worker/backend_config.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <boost/json.hpp>
+#include <fstream>
+#include <limits>
+
+#include "base/error.h"
+#include "engine/sampling/step.h"
+#include "model_spec/lora_sites.h"
+
+namespace ht::worker {
+
+namespace json = boost::json;
+
+namespace {
+
+constexpr const char* kKeys =
+    "micro_batch_tokens, recompute, prefill_chunk_tokens, max_sampling_sequences, kv_cache_tokens, sampling_share";
+constexpr std::int64_t kDefaultCacheTokens = 32768;
+constexpr std::uint64_t kGiB = std::uint64_t{1} << 30;
+
+std::int64_t integer(const json::key_value_pair& pair, std::int64_t low, std::int64_t high) {
+  boost::system::error_code error;
+  const auto value = pair.value().to_number<std::int64_t>(error);
+  if (error || value < low || value > high) {
+    throw user_error(fmt::format("backend config: {} is {}, allowed are whole numbers from {} to {}",
+                                 std::string(pair.key()), json::serialize(pair.value()), low, high));
+  }
+  return value;
+}
+
+engine::Recompute recompute(const json::value& value) {
+  const std::string name = value.is_string() ? std::string(value.get_string()) : json::serialize(value);
+  if (name == "none") return engine::Recompute::none;
+  if (name == "norms_mlp") return engine::Recompute::norms_mlp;
+  if (name == "block") return engine::Recompute::block;
+  throw user_error("backend config: recompute is " + name + ", allowed are none, norms_mlp, block");
+}
+
+double share(const json::value& value) {
+  boost::system::error_code error;
+  const double number = value.to_number<double>(error);
+  if (error || !(number >= 0.05 && number <= 0.95)) {
+    throw user_error("backend config: sampling_share is " + json::serialize(value) +
+                     ", allowed are numbers from 0.05 to 0.95");
+  }
+  return number;
+}
+
+// The number in a file, or in the line of it that begins with `name`; the maximum when there is none.
+std::uint64_t read_number(const std::string& file, const std::string& name = "") {
+  std::ifstream stream(file);
+  std::string word;
+  while (stream >> word) {
+    if (!name.empty() && word != name) continue;
+    if (!name.empty() && !(stream >> word)) break;
+    char* end = nullptr;
+    const std::uint64_t value = std::strtoull(word.c_str(), &end, 10);
+    if (end != word.c_str()) return value;
+    break;
+  }
+  return std::numeric_limits<std::uint64_t>::max();
+}
+
+std::string size_text(std::uint64_t bytes) {
+  return bytes >= kGiB ? fmt::format("{:.2f} GiB", static_cast<double>(bytes) / static_cast<double>(kGiB))
+                       : fmt::format("{:.1f} MiB", static_cast<double>(bytes) / (1 << 20));
+}
+
+}  // namespace
+
+BackendConfig parse_backend_config(const std::string& text) {
+  BackendConfig config;
+  if (text.empty()) return config;
+  boost::system::error_code error;
+  const json::value value = json::parse(text, error);
+  if (error || !value.is_object()) throw user_error("backend config: not a JSON object: " + text.substr(0, 200));
+  constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
+  for (const auto& pair : value.get_object()) {
+    const std::string key(pair.key());
+    if (key == "micro_batch_tokens") {
+      config.micro_batch_tokens = static_cast<std::int32_t>(integer(pair, 1, kMaxInt));
+    } else if (key == "recompute") {
+      config.recompute = recompute(pair.value());
+    } else if (key == "prefill_chunk_tokens") {
+      config.prefill_chunk_tokens = static_cast<std::int32_t>(integer(pair, 1, 1 << 20));
+    } else if (key == "max_sampling_sequences") {
+      config.max_sampling_sequences = static_cast<std::int32_t>(integer(pair, 1, 1 << 16));
+    } else if (key == "kv_cache_tokens") {
+      config.kv_cache_tokens = integer(pair, kBlockSize, kMaxInt);
+    } else if (key == "sampling_share") {
+      config.sampling_share = share(pair.value());
+    } else {
+      throw user_error("backend config: unknown key " + key + ", allowed are " + kKeys);
+    }
+  }
+  return config;
+}
+
+MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const BackendConfig& config, std::int32_t max_seq_len,
+                       std::uint64_t available_bytes) {
+  const auto block_bytes = static_cast<std::uint64_t>(engine::SamplingEngine::block_bytes(spec, kBlockSize));
+  std::int64_t tokens = config.kv_cache_tokens;
+  if (tokens == 0) {
+    // Room for one sequence of full length and for many short ones, but no more than a quarter of what is free.
+    tokens = std::max<std::int64_t>(kDefaultCacheTokens, max_seq_len);
+    const auto fitting = static_cast<std::int64_t>(available_bytes / 4 / block_bytes) * kBlockSize;
+    tokens = std::max<std::int64_t>(std::min(tokens, fitting), kBlockSize);
+  } else if (static_cast<std::uint64_t>(tokens) / kBlockSize * block_bytes > available_bytes) {
+    throw user_error(fmt::format("backend config: kv_cache_tokens {} takes {}, free are {}", tokens,
+                                 size_text(static_cast<std::uint64_t>(tokens) / kBlockSize * block_bytes),
+                                 size_text(available_bytes)));
+  }
+  MemoryPlan plan;
+  plan.cache_blocks = static_cast<std::int32_t>((tokens + kBlockSize - 1) / kBlockSize);
+  const std::uint64_t cache_bytes = static_cast<std::uint64_t>(plan.cache_blocks) * block_bytes;
+  const std::uint64_t left = available_bytes - std::min(available_bytes, cache_bytes);
+  plan.version_bytes = left / 8;
+  const auto parameters = static_cast<std::uint64_t>(model_spec::num_lora_parameters(spec, {.rank = 32}));
+  // Weights, gradient and two moments.
+  const std::uint64_t adapter_bytes = parameters * 4 * 4;
+  plan.text += fmt::format("base weights      {} (float32)\n",
+                           size_text(static_cast<std::uint64_t>(model_spec::num_parameters(spec)) * 4));
+  plan.text += fmt::format("key/value cache   {} ({} blocks of {} tokens)\n", size_text(cache_bytes),
+                           plan.cache_blocks, kBlockSize);
+  plan.text += fmt::format("sampler versions  up to {} in memory\n", size_text(plan.version_bytes));
+  plan.text += fmt::format("adapters          {} each at rank 32; {} are free for them and for activations",
+                           size_text(adapter_bytes), size_text(left - plan.version_bytes));
+  return plan;
+}
+
+std::uint64_t available_memory() {
+  std::uint64_t available = read_number("/proc/meminfo", "MemAvailable:");
+  if (available != std::numeric_limits<std::uint64_t>::max()) available *= 1024;
+  const std::uint64_t limit = read_number("/sys/fs/cgroup/memory.max");
+  const std::uint64_t used = read_number("/sys/fs/cgroup/memory.current");
+  if (limit != std::numeric_limits<std::uint64_t>::max() && used <= limit) available = std::min(available, limit - used);
+  return available == std::numeric_limits<std::uint64_t>::max() ? 4 * kGiB : available;
+}
+
+}  // namespace ht::worker

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "engine/runtime/base_model.h"
+#include "model_spec/model_spec.h"
+
+namespace ht::worker {
+
+// The keys of --backend-config.
+struct BackendConfig {
+  std::int32_t micro_batch_tokens = 2048;     // most tokens of a micro-batch of several datums
+  engine::Recompute recompute = engine::Recompute::none;  // "none", "norms_mlp", "block"
+  std::int32_t prefill_chunk_tokens = 512;    // most prompt tokens of a sampling step
+  std::int32_t max_sampling_sequences = 64;   // most sequences decoded in a step
+  std::int64_t kv_cache_tokens = 0;           // 0: by the memory plan
+  double sampling_share = 0.5;                // of the time while training and sampling both have work
+};
+
+// Reads a JSON object. Throws Error(user) for an unknown key (naming those allowed) or a value out of range.
+BackendConfig parse_backend_config(const std::string& json);
+
+// How the machine's memory is divided. Decided once, after the base model is loaded.
+struct MemoryPlan {
+  std::int32_t cache_blocks = 0;
+  std::uint64_t version_bytes = 0;  // of sampler versions kept in memory
+  std::string text;                 // one line a category
+};
+inline constexpr std::int32_t kBlockSize = 16;
+
+// `available_bytes`: what the process may still take. Throws Error(user) when kv_cache_tokens does not fit.
+MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const BackendConfig& config, std::int32_t max_seq_len,
+                       std::uint64_t available_bytes);
+
+// Free memory by /proc/meminfo and the cgroup's limit.
+std::uint64_t available_memory();
+
+}  // namespace ht::worker
