@@ -77,7 +77,7 @@ void TrainExecutor::push(wp::Request request) {
   if (auto* batch = std::get_if<wp::ForwardBackward>(&request.body)) {
     push_batch(id, std::move(*batch));
   } else if (auto* create_adapter = std::get_if<wp::CreateAdapter>(&request.body)) {
-    push_op(id, create_adapter->adapter, [this, body = std::move(*create_adapter)] { return create(body); });
+    push_op(id, create_adapter->adapter, [this, body = *create_adapter] { return create(body); });
   } else if (auto* drop = std::get_if<wp::DropAdapter>(&request.body)) {
     push_op(id, drop->adapter, [this, name = drop->adapter]() -> wp::DoneBody {
       queue_.set_live(name, false);
@@ -85,16 +85,16 @@ void TrainExecutor::push(wp::Request request) {
       return wp::Ack{};
     });
   } else if (auto* optim = std::get_if<wp::OptimStep>(&request.body)) {
-    push_op(id, optim->adapter, [this, body = std::move(*optim)] { return step(body); });
+    push_op(id, optim->adapter, [this, body = *optim] { return step(body); });
   } else if (auto* save_adapter = std::get_if<wp::SaveAdapter>(&request.body)) {
-    push_op(id, save_adapter->adapter, [this, body = std::move(*save_adapter)] { return save(body); });
+    push_op(id, save_adapter->adapter, [this, body = *save_adapter] { return save(body); });
   } else if (auto* load_adapter = std::get_if<wp::LoadAdapter>(&request.body)) {
-    push_op(id, load_adapter->adapter, [this, body = std::move(*load_adapter)]() -> wp::DoneBody {
+    push_op(id, load_adapter->adapter, [this, body = *load_adapter]() -> wp::DoneBody {
       load(adapter(body.adapter), body.dir, body.load_optimizer);
       return wp::Ack{};
     });
   } else if (auto* publish = std::get_if<wp::PublishVersion>(&request.body)) {
-    push_op(id, publish->adapter, [this, body = std::move(*publish)]() -> wp::DoneBody {
+    push_op(id, publish->adapter, [this, body = *publish]() -> wp::DoneBody {
       versions_.publish(body.version, engine::freeze(adapter(body.adapter)), body.dir, body.wait_for_files);
       return wp::Ack{};
     });
