@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tiny_server import make_tiny_llama
+
 ROOT = Path(__file__).resolve().parent.parent
 # (name, lengths, our mode, rival: "padded" batch or "single" datums)
 CASES = [
@@ -26,17 +28,6 @@ CASES = [
     ("1×64", [64], "packed", "padded"),
     ("1×32", [32], "packed", "padded"),
 ]
-
-
-def make_tiny(directory):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=64, vocab_size=4096, tie_word_embeddings=True,
-                         max_position_embeddings=4096)
-    LlamaForCausalLM(config).save_pretrained(directory)
 
 
 class Rival:
@@ -97,7 +88,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         directory = args.model or scratch
         if not args.model:
-            make_tiny(directory)
+            make_tiny_llama(directory, layers=4, hidden=256, vocab=4096, intermediate_size=768, num_attention_heads=4)
         ours, rival = Ours(directory, args.rank, args.threads), Rival(directory, args.rank, args.threads)
         print("| case | ours, ms | HF + PEFT, ms | ratio |\n|---|---|---|---|")
         for name, lengths, our_mode, rival_mode in CASES[: args.cases]:
