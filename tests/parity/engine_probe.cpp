@@ -7,8 +7,10 @@
 //       "steps": [{"calls": [{"backward": true, "items": [{"adapter": 0, "loss": "cross_entropy", "config": {},
 //                    "datums": [{"tokens": [], "targets": [] or [[]], "weights": [], "logprobs": [], …}]}]}],
 //                  "gradients": "dir"?,   // replaces adapter 0's gradient
-//                  "adam": {…}?}]}
-// OUT: results.safetensors ("step0.call0.item0.logprobs"), results.json (loss sums and metrics, in order),
+//                  "adam": {…}?}],
+//       "generate": [{"adapter": 0?, "prompt": [], "max_tokens": 8}]}   // greedy, after the steps, with the sampler
+// OUT: results.safetensors ("step0.call0.item0.logprobs", "generate0.logprobs"), results.json (loss sums, metrics and
+//      generated tokens, in order),
 //      grad<i>/ after the last step's calls and weights<i>/, state<i>.safetensors at the end.
 
 #include <ATen/ATen.h>
@@ -19,9 +21,11 @@
 #include <deque>
 #include <exception>
 #include <fstream>
+#include <numeric>
 #include <sstream>
 
 #include "base/error.h"
+#include "engine/sampling/step.h"
 #include "engine/training/trainer.h"
 #include "safetensors/safetensors.h"
 
@@ -111,7 +115,7 @@ struct Probe {
   std::filesystem::path out;
   std::deque<std::vector<float>> kept;  // what the tensors point at
   std::vector<safetensors::TensorToWrite> tensors;
-  json::array calls, metrics;
+  json::array calls, metrics, generated;
 
   void call(Trainer& trainer, const json::object& object, const std::string& name) {
     std::deque<worker_protocol::TrainBatch> batches;
@@ -167,6 +171,42 @@ struct Probe {
     }
   }
 
+  // The prompt in one prefill chunk, then token by token.
+  void generate(const json::object& object, const std::string& name) {
+    constexpr std::int32_t kBlockSize = 16;
+    std::vector<std::int32_t> tokens;
+    for (const json::value& token : object.at("prompt").as_array()) tokens.push_back(token.to_number<std::int32_t>());
+    const int count = object.at("max_tokens").to_number<int>();
+    std::vector<std::int32_t> table((tokens.size() + static_cast<std::size_t>(count)) / kBlockSize + 1);
+    std::iota(table.begin(), table.end(), 0);
+    SamplingEngine engine(model, static_cast<std::int32_t>(table.size()), kBlockSize);
+    worker_protocol::SamplingParams params;
+    params.temperature = 0;
+    const Draw draw;
+    StepRow row;
+    if (const json::value* adapter = object.if_contains("adapter")) {
+      row.adapter = &adapters.at(static_cast<std::size_t>(adapter->to_number<int>())).weights;
+    }
+    row.tokens = tokens;
+    row.block_table = table;
+    row.params = &params;
+    row.draws = {&draw, 1};
+    json::array drawn;
+    std::vector<float>& logprobs = kept.emplace_back();
+    std::int32_t last = 0;
+    for (int i = 0; i < count; ++i) {
+      const StepRowResult result = engine.run({&row, 1}).front();
+      if (!result.error.empty()) throw user_error(result.error);
+      last = result.draws.front().token;
+      drawn.emplace_back(last);
+      logprobs.push_back(result.draws.front().logprob);
+      row.position += static_cast<std::int32_t>(row.tokens.size());
+      row.tokens = {&last, 1};
+    }
+    generated.push_back(std::move(drawn));
+    tensors.push_back({name + ".logprobs", safetensors::DType::f32, {count}, logprobs.data()});
+  }
+
   void save_all(const std::string& prefix, bool gradients) {
     for (std::size_t i = 0; i < adapters.size(); ++i) {
       const std::filesystem::path dir = out / (prefix + std::to_string(i));
@@ -191,7 +231,7 @@ int run(const char* model_dir, const char* job_file, const char* out_dir) {
     options.recompute = name == "block" ? Recompute::block : name == "norms_mlp" ? Recompute::norms_mlp : Recompute::none;
   }
   const std::unique_ptr<BaseModel> model = BaseModel::load(model_dir, options);
-  Probe probe{*model, {}, out_dir, {}, {}, {}, {}};
+  Probe probe{*model, {}, out_dir, {}, {}, {}, {}, {}};
   std::filesystem::create_directories(probe.out);
   for (const json::value& value : job.at("adapters").as_array()) {
     probe.adapters.push_back(read_adapter(model->spec(), value.as_object()));
@@ -201,13 +241,19 @@ int run(const char* model_dir, const char* job_file, const char* out_dir) {
   for (const json::value& value : job.at("steps").as_array()) {
     probe.step(trainer, value.as_object(), "step" + std::to_string(index++));
   }
+  if (const json::value* list = job.if_contains("generate")) {
+    index = 0;
+    for (const json::value& value : list->as_array()) {
+      probe.generate(value.as_object(), "generate" + std::to_string(index++));
+    }
+  }
   probe.save_all("weights", false);
   for (std::size_t i = 0; i < probe.adapters.size(); ++i) {
     save_adapter_state(probe.adapters[i], probe.out / ("state" + std::to_string(i) + ".safetensors"));
   }
   safetensors::write_file(probe.out / "results.safetensors", probe.tensors);
   std::ofstream(probe.out / "results.json") << json::serialize(
-      json::object{{"calls", probe.calls}, {"metrics", probe.metrics}});
+      json::object{{"calls", probe.calls}, {"metrics", probe.metrics}, {"generated", probe.generated}});
   return 0;
 }
 

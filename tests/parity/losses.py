@@ -36,7 +36,7 @@ def datum_loss(name: str, lp: torch.Tensor, datum: dict, config: dict) -> torch.
 
 def model_logprobs(model, datum: dict) -> torch.Tensor:
     """Logprobs of a datum's targets, (N) or (N, K), by a forward pass over this datum alone."""
-    logits = model(input_ids=torch.tensor([datum["tokens"]])).logits[0].float()
+    logits = model(input_ids=torch.tensor([datum["tokens"]])).logits[0]
     targets = torch.tensor(datum["targets"])
     logprobs = torch.log_softmax(logits, -1)
     if targets.dim() == 1:

@@ -1,5 +1,6 @@
 """Random small checkpoints of every family, written by transformers, and their PEFT adapters."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 VOCAB = 199
 ATTN = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -128,6 +131,25 @@ def peft_model(checkpoint: Path, *, rank=8, attn=True, mlp=True, unembed=True, s
             elif ".lora_B." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return model.eval()
+
+
+@contextlib.contextmanager
+def in_float64(model):
+    """The model in float64 with its norms in float64 too (transformers' round to float32 whatever the model's dtype). The
+    rotary tables stay float32, as they are in the engine."""
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    rounding = {cls: cls.forward for cls in (LlamaRMSNorm, Qwen2RMSNorm)}
+    for cls in rounding:
+        cls.forward = norm
+    try:
+        yield model.double()
+    finally:
+        for cls, forward in rounding.items():
+            cls.forward = forward
+        model.float()
 
 
 def tensor_name(peft_name: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_datum
 from losses import model_logprobs
-from models import VOCAB, lora_parameters, peft_model, write_adapter
+from models import VOCAB, in_float64, lora_parameters, peft_model, write_adapter
 from probe import one_call, run_probe
 from test_families import reference_gradients, relative_errors
 
@@ -57,7 +57,8 @@ def test_policy_losses(loss, config, clip_tensors, checkpoints, tmp_path):
     if loss == "gspo":
         for datum in datums:
             datum["sequence_ratio_mask"] = [float(a != 0) for a in datum["advantages"]]
-    logprobs, value, gradients = reference_gradients(model, datums, loss, config)
+    with in_float64(model):  # float32's own rounding would be as large as the tolerance
+        logprobs, value, gradients = reference_gradients(model, datums, loss, config)
     calls = [one_call(datums, loss, config), one_call(datums, loss, config, backward=False)]
     job = {"adapters": [{"dir": str(adapter)}], "steps": [{"calls": calls}]}
     result = run_probe(checkpoint, job, tmp_path / "out")
@@ -65,7 +66,7 @@ def test_policy_losses(loss, config, clip_tensors, checkpoints, tmp_path):
     for losses in result.losses():
         assert losses[0] == pytest.approx(value, rel=2e-5, abs=2e-4)
     errors = relative_errors(result.gradients(), gradients)
-    assert max(errors.values()) <= 5e-5, errors
+    assert max(errors.values()) <= 2e-5, errors
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -124,14 +125,15 @@ def test_adapters_of_unequal_rank_and_loss_share_a_batch(checkpoints, datums, tm
         adapters.append({"dir": str(write_adapter(lora_parameters(model), shape["rank"], tmp_path / f"adapter{i}"))})
         loss = ["cross_entropy", "gspo", "ppo"][i]
         mine = datums if loss == "cross_entropy" else policy_datums(model)
-        expected.append(reference_gradients(model, mine, loss))
+        with in_float64(model):
+            expected.append(reference_gradients(model, mine, loss))
         items.append({"adapter": i, "loss": loss, "datums": mine})
     job = {"adapters": adapters, "steps": [{"calls": [{"backward": True, "items": items}]}]}
     result = run_probe(checkpoint, job, tmp_path / "out")
     for i, (logprobs, loss, gradients) in enumerate(expected):
         assert (result.logprobs(item=i) - logprobs).abs().max() <= 2e-5
         assert result.losses()[0][i] == pytest.approx(loss, rel=2e-5, abs=2e-4)
-        assert max(relative_errors(result.gradients(i), gradients).values()) <= 5e-5
+        assert max(relative_errors(result.gradients(i), gradients).values()) <= 2e-5
 
 
 def test_the_same_job_gives_the_same_bits(checkpoints, datums, tmp_path):
