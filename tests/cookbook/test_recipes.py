@@ -27,7 +27,7 @@ def hub(tmp_path_factory, smollm2):
 
 @pytest.fixture(scope="module")
 def server(start_server, smollm2):
-    return start_server("--base-model", f"{MODEL_NAME}={smollm2}")
+    return start_server({MODEL_NAME: smollm2})
 
 
 def run_recipe(server, hub, tmp_path, module, *arguments):

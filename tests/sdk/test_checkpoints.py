@@ -90,7 +90,7 @@ def test_lists_metadata_ttl_and_deletion(service, client):
     with pytest.raises(tinker.NotFoundError):
         rest.delete_checkpoint(client.model_id, "sampler_weights/dying").result()
     with pytest.raises((tinker.NotFoundError, tinker.PermissionDeniedError)):
-        service.create_sampling_client(model_path=dying)
+        service.create_sampling_client(model_path=dying).result()
 
 
 def test_training_run_and_weights_info(service, client):

@@ -58,7 +58,7 @@ def test_finished_session_refuses_work(server, connect):
     service = connect(server)
     client = service.create_lora_training_client(base_model=LLAMA, rank=4).result()
     session = client.model_id.split(":")[0]
-    service.close()
+    service.close("success").result()
     assert server.post("session_heartbeat", {"session_id": session, "type": "session_heartbeat"})[0] == 410
     other = connect(server)
     assert other.create_lora_training_client(base_model=LLAMA, rank=4).result().model_id
