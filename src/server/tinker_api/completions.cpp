@@ -99,7 +99,10 @@ Outcome saved(Context& context, const Submission& submission, const DoneBody& do
   checkpoint.lora = model.lora;
   checkpoint.request_id = from.key;
   const checkpoints::Checkpoint registered = context.checkpoints.commit(std::move(checkpoint), from.overwrite);
-  return json_result({{"path", registered.path.str()}, {"type", "save_weights"}});
+  // The client refuses another operation's type.
+  const bool for_sampler = from.path.kind == checkpoints::Kind::sampler_weights;
+  return json_result(
+      {{"path", registered.path.str()}, {"type", for_sampler ? "save_weights_for_sampler" : "save_weights"}});
 }
 
 Outcome published(Context& context, const Submission& submission) {

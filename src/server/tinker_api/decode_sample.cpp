@@ -11,6 +11,8 @@ namespace {
 using worker_protocol::Sample;
 using worker_protocol::SamplingParams;
 
+constexpr std::int64_t kMaxLogprobCells = std::int64_t{1} << 26;  // top-k and alternatives of one request: 512 MiB
+
 std::vector<std::int32_t> prompt_tokens(const Fields& body, const ServedModel& model) {
   const Fields prompt = body.object("prompt");
   const json::value& chunks = prompt.get("chunks");
@@ -82,12 +84,13 @@ SamplingParams decode_params(const Fields& body, const ServedModel& model, const
                              std::int64_t prompt_length, std::uint64_t drawn_seed) {
   const Fields fields = body.object("sampling_params");
   SamplingParams params;
-  const std::int64_t left = model.max_seq_len - prompt_length;
+  // One token after a prompt that fills the context is sampled, but never fed: scoring takes whole contexts.
+  const std::int64_t left = std::max<std::int64_t>(model.max_seq_len - prompt_length, 1);
   const std::optional<std::int64_t> max_tokens = fields.optional_integer("max_tokens");
   if (max_tokens && *max_tokens < 1) {
     throw user_error("sampling_params.max_tokens = " + std::to_string(*max_tokens) + " must be at least 1");
   }
-  if (max_tokens.value_or(1) > left) {
+  if (prompt_length > model.max_seq_len || max_tokens.value_or(1) > left) {
     throw user_error("PromptTooLong: the prompt has " + std::to_string(prompt_length) + " tokens and max_tokens is " +
                      (max_tokens ? std::to_string(*max_tokens) : "not set (at least 1)") + "; the context of " +
                      model.names.front() + " is " + std::to_string(model.max_seq_len) + " tokens for both together");
@@ -110,6 +113,23 @@ SamplingParams decode_params(const Fields& body, const ServedModel& model, const
   params.top_k = static_cast<std::int32_t>(top_k);
   decode_stop(fields, model, limits, params);
   return params;
+}
+
+// What a request asks to be returned, beside tokens, must fit into memory at its worst.
+void check_cells(const Sample& work) {
+  const auto length = static_cast<std::int64_t>(work.prompt.size());
+  const std::int64_t sampled = std::int64_t{work.num_samples} * work.params.max_tokens;
+  const std::int64_t cells = length * (std::int64_t{work.topk_prompt_logprobs} + work.prompt_alt_tokens_k) +
+                             sampled * work.topk_sample_logprobs;
+  if (cells > kMaxLogprobCells) {
+    throw user_error("topk_prompt_logprobs = " + std::to_string(work.topk_prompt_logprobs) +
+                     ", prompt_alt_tokens_k = " + std::to_string(work.prompt_alt_tokens_k) + " and " +
+                     "topk_sample_logprobs = " + std::to_string(work.topk_sample_logprobs) + " ask for up to " +
+                     std::to_string(cells) + " logprobs (" + std::to_string(length) + " prompt tokens, " +
+                     std::to_string(work.num_samples) + " samples of at most " +
+                     std::to_string(work.params.max_tokens) + " tokens); at most " +
+                     std::to_string(kMaxLogprobCells) + " are allowed");
+  }
 }
 
 void decode_targets(const Fields& body, const ServedModel& model, const Limits& limits, DecodedSample& out) {
@@ -190,6 +210,7 @@ DecodedSample decode_sample(const json::object& object, const ServedModel& model
     work.prompt_logprobs_last_n = static_cast<std::int32_t>(*last_n);
   }
   body.boolean("record_stability_info", false);
+  check_cells(work);
   decode_targets(body, model, limits, out);
   return out;
 }

@@ -90,8 +90,10 @@ std::int64_t Fields::bounded(std::string_view key, std::int64_t absent, std::int
 }
 
 double Fields::number(std::string_view key, double absent) const {
-  const json::value* value = find(key);
+  const json::value* value = object_->if_contains(key);
   if (!value) return absent;
+  // The SDK leaves out what is not set, and writes an infinity or NaN as null.
+  if (value->is_null()) throw user_error(name_of(key) + " = null (NaN or infinity) must be a finite number");
   json::error_code error;
   const double number = value->is_number() ? value->to_number<double>(error) : std::nan("");
   if (error || !std::isfinite(number)) {

@@ -29,6 +29,9 @@ void build_save(Context& context, Numbered& own, const Fields& fields, Kind kind
   saved.ttl_seconds = decode_ttl(fields);
   saved.overwrite = kind == Kind::weights && fields.boolean("overwrite", false);
   saved.user_metadata = fields.text_map("user_metadata");
+  // Sent again after its end: the first answer stands, and nobody would clear another staging directory away.
+  const auto there = context.checkpoints.find(saved.path);
+  if (there && there->request_id == saved.key) throw user_error(saved.path.str() + " was saved by this request already");
   context.checkpoints.check_free(saved.path, saved.overwrite, saved.key);
   own.submission.context = saved.serialize();
   own.submission.work = worker_protocol::SaveAdapter{own.model.id, context.checkpoints.stage(saved.key).string(),
