@@ -4,6 +4,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <fstream>
+
 #include "base/logging.h"
 #include "server/futures/test_rig.h"
 #include "server/futures/toy_adapter.h"
@@ -109,6 +111,7 @@ TEST_F(FuturesTest, AFailedCreateOfAModelConsumesItsNumberToo) {
   invalid.failure = Failed{ErrorCategory::user, "rank 3"};
   EXPECT_EQ(text(submit(invalid)), "user: rank 3");
   EXPECT_THAT(text(submit(step("s:m", 1, 1))), HasSubstr("unknown adapter"));
+  EXPECT_THAT(text(submit(train("s:m", 2, {{1}}))), HasSubstr("unknown adapter"));
 }
 
 TEST_F(FuturesTest, PollsWakeAtOnceTimeOutAndKnowWhatIsGone) {
@@ -224,6 +227,37 @@ TEST_F(FuturesTest, AFailureOfTheWorkerIsAnOutcomeAndIsNotRepeated) {
   EXPECT_THAT(text(submit(step("s:m", 3, 1))), HasSubstr("steps=2"));
   EXPECT_EQ(text(refused), "user: refused");
   EXPECT_EQ(text(next), before);
+}
+
+TEST_F(FuturesTest, ALoadedCheckpointMayBeDeletedOrOverwritten) {
+  const auto dir = options_.dir / "saved";
+  options_.futures.housekeeping = milliseconds(20);
+  options_.dispatch.snapshot_after_requests = 9;
+  start();
+  submit(create("s:m", 7));
+  submit(train("s:m", 1, {{1, 2}}));
+  submit(step("s:m", 2, 1));
+  text(submit(save("s:m", 3, dir)));
+  Adapter wanted = Adapter::fresh(7);
+  wanted.backward(std::vector<std::int32_t>{1, 2});
+  wanted.step(1);
+  text(submit(step("s:m", 4, 5)));
+  text(submit(load("s:m", 5, dir)));
+  text(submit(create_from("s:n", dir)));
+  std::filesystem::remove_all(dir);
+  rig_->kill_worker();
+  wanted.step(2);
+  const std::string weights = fmt::format("w={:.0f} ", visible(wanted.w));
+  EXPECT_THAT(text(submit(step("s:m", 6, 2))), HasSubstr(weights));
+  std::filesystem::create_directories(dir);
+  std::ofstream(dir / "toy") << "1 2 3 4\n";
+  start();
+  EXPECT_THAT(text(submit(step("s:n", 1, 2))), HasSubstr(weights));
+  wanted.step(3);
+  EXPECT_THAT(text(submit(step("s:m", 7, 3))), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+  // Once a snapshot stands in for them they go.
+  for (int seq = 8; seq < 20; ++seq) text(submit(step("s:m", seq, 3)));
+  EXPECT_TRUE(rig_->run([&] { return std::filesystem::is_empty(options_.dir / "journal" / "inputs"); }));
 }
 
 TEST_F(FuturesTest, ACompletionMayFailAndTheStepStays) {

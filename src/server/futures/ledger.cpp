@@ -48,7 +48,13 @@ dispatch::Item item_of(std::uint64_t number, const Submission& submission, std::
 }  // namespace
 
 Ledger::Ledger(asio::io_context& io, store::Journal& journal, dispatch::Dispatch& dispatch, Options options)
-    : io_(io), journal_(journal), dispatch_(dispatch), options_(options), retry_timer_(io), housekeeping_timer_(io) {
+    : io_(io),
+      journal_(journal),
+      dispatch_(dispatch),
+      options_(options),
+      inputs_(journal.options().dir / "inputs", journal.options().durability),
+      retry_timer_(io),
+      housekeeping_timer_(io) {
   dispatch::Dispatch::Events events;
   events.body = [this](Number number) { return body_of(number); };
   events.done = [this](Number number, wp::DoneBody body) { on_done(number, body); };
@@ -117,8 +123,10 @@ Submitted Ledger::submit(Submission submission) {
   item_of(number, submission, bytes);
   store::RecordPosition position;
   try {
+    if (!submission.failure) inputs_.keep(number, submission.work);
     position = journal_.append(submitted_record(number, submission, std::move(work)));
   } catch (const Error& error) {
+    inputs_.drop_if([number](Number kept) { return kept == number; });
     throw Unavailable(std::string("the request was not accepted: ") + error.what());
   }
   ++next_number_;

@@ -15,6 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "server/futures/inputs.h"
 #include "server/futures/journalled_futures.h"
 
 namespace ht::futures {
@@ -86,12 +87,14 @@ class Ledger final : public JournalledFutures {
   void expire();
   void trim();
   bool needed(Number number, const Entry& entry) const;
+  void drop_inputs();
 
   boost::asio::io_context& io_;
   store::Journal& journal_;
   dispatch::Dispatch& dispatch_;
   Options options_;
   std::map<Operation, Completion> completions_;
+  Inputs inputs_;
 
   Number next_number_ = 1;
   std::unordered_map<Number, Entry> entries_;

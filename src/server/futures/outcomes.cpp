@@ -24,8 +24,12 @@ std::string id_of(std::uint64_t number) {
 
 wp::RequestBody Ledger::body_of(Number number) {
   const Entry& entry = entries_.at(number);
-  if (entry.work_bytes > 0) return entry.submission.work;
-  return wp::decode_request(parse_record(journal_.read(entry.submitted)).submitted().work()).body;
+  wp::RequestBody body =
+      entry.work_bytes > 0
+          ? entry.submission.work
+          : wp::decode_request(parse_record(journal_.read(entry.submitted)).submitted().work()).body;
+  inputs_.redirect(number, body);
+  return body;
 }
 
 void Ledger::on_done(Number number, const wp::DoneBody& body) {

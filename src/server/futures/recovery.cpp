@@ -137,6 +137,7 @@ void Ledger::recover() {
   for (const pb::SessionEnded& ended : replayed.ended) {
     close_session(ended.session_id(), {ended.model_ids().begin(), ended.model_ids().end()}, ended.reason());
   }
+  drop_inputs();
   spdlog::info("the journal tells of {} requests, {} of them unfinished", entries_.size(), unfinished);
 }
 
@@ -144,11 +145,19 @@ bool Ledger::needed(Number number, const Entry& entry) const {
   return !dispatch_.has_group(entry.submission.base_dir) || dispatch_.needed(number);
 }
 
+void Ledger::drop_inputs() {
+  inputs_.drop_if([this](Number number) {
+    const auto found = entries_.find(number);
+    return found == entries_.end() || (found->second.done && !needed(number, found->second));
+  });
+}
+
 void Ledger::schedule_housekeeping() {
   housekeeping_timer_.expires_after(options_.housekeeping);
   housekeeping_timer_.async_wait([this](const boost::system::error_code& cancelled) {
     if (cancelled) return;
     expire();
+    drop_inputs();
     trim();
     schedule_housekeeping();
   });

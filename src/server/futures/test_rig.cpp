@@ -148,6 +148,17 @@ Submission save(const std::string& model, std::int64_t seq, const std::filesyste
   return submission(Operation::save_weights, model, seq, wp::SaveAdapter{model, dir.string(), true});
 }
 
+Submission load(const std::string& model, std::int64_t seq, const std::filesystem::path& dir) {
+  return submission(Operation::load_weights, model, seq, wp::LoadAdapter{model, dir.string(), true});
+}
+
+Submission create_from(const std::string& model, const std::filesystem::path& dir) {
+  wp::CreateAdapter work;
+  work.adapter = model;
+  work.load_dir = dir.string();
+  return submission(Operation::load_weights, model, 0, work);
+}
+
 Submission publish(const std::string& model, std::int64_t seq, const std::string& version,
                    const std::filesystem::path& dir) {
   return submission(Operation::save_weights_for_sampler, model, seq,

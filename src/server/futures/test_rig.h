@@ -55,6 +55,8 @@ Submission train(const std::string& model, std::int64_t seq, std::vector<std::ve
                  bool forward_only = false);
 Submission step(const std::string& model, std::int64_t seq, double learning_rate);
 Submission save(const std::string& model, std::int64_t seq, const std::filesystem::path& dir);
+Submission load(const std::string& model, std::int64_t seq, const std::filesystem::path& dir);
+Submission create_from(const std::string& model, const std::filesystem::path& dir);
 Submission publish(const std::string& model, std::int64_t seq, const std::string& version,
                    const std::filesystem::path& dir);
 Submission sample(const std::string& session, std::int64_t seq, const std::string& version,

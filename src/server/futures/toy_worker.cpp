@@ -110,13 +110,17 @@ class Worker {
     } else if (std::holds_alternative<wp::Snapshot>(request.body)) {
       snapshots_.push_back(request);
     } else if (const auto* restore = std::get_if<wp::Restore>(&request.body)) {
+      if (!adapters_.empty() || pending_ > 0) return fail(lane, request.id, "a restore comes first");
       std::ifstream in(restore->dir + "/toy");
       std::string kind, name;
       State state;
       while (in >> kind >> name >> state.adapter.w >> state.adapter.g >> state.adapter.steps >> state.adapter.chain >>
              state.last_request) {
         if (kind == "adapter") adapters_[name] = state;
-        if (kind == "version") versions_[name] = state.adapter.w;
+        if (kind == "version") {
+          versions_[name] = state.adapter.w;
+          on_disk_.insert(name);
+        }
       }
       if (kind != "end") return fail(lane, request.id, "incomplete snapshot " + restore->dir);
       done(lane, request.id, wp::Ack{});
@@ -162,14 +166,18 @@ class Worker {
     on_disk_.insert(version);
   }
 
-  static bool is_batch(const wp::Request& request) {
+  // A batch that can run. One of an adapter that is not here is refused in its turn, like an op.
+  bool is_batch(const wp::Request& request) const {
     const auto* body = std::get_if<wp::ForwardBackward>(&request.body);
-    return body != nullptr && body->batch.tokens[0] != kRefused;
+    return body != nullptr && body->batch.tokens[0] != kRefused && adapters_.contains(body->adapter);
   }
 
   void plain(const wp::Request& request) {
     const wp::Lane lane = wp::Lane::training;
     if (const auto* create = std::get_if<wp::CreateAdapter>(&request.body)) {
+      if (adapters_.contains(create->adapter)) {
+        return fail(lane, request.id, "adapter " + create->adapter + " exists already");
+      }
       State state{Adapter::fresh(create->lora.seed), request.id};
       if (!create->load_dir.empty() && !read_toy(create->load_dir, state.adapter)) {
         return fail(lane, request.id, "no files in " + create->load_dir);
@@ -261,7 +269,7 @@ class Worker {
 
   void execute(Queued& queued, const wp::MicroBatchSlice& slice, std::uint64_t composition) {
     const auto& body = std::get<wp::ForwardBackward>(queued.request.body);
-    State& state = adapters_[body.adapter];
+    State& state = adapters_.at(body.adapter);
     if (slice.datum_begin == 0) queued.result.metrics["before:last"] = visible(state.adapter.chain);
     for (int i = slice.datum_begin; i < slice.datum_end; ++i) {
       const auto begin = static_cast<std::size_t>(body.batch.cu_seqlens[static_cast<std::size_t>(i)]);
@@ -280,7 +288,7 @@ class Worker {
     Queued& queued = *head(id);
     const auto& body = std::get<wp::ForwardBackward>(queued.request.body);
     if (queued.next_datum < body.batch.num_datums()) return;
-    State& state = adapters_[body.adapter];
+    State& state = adapters_.at(body.adapter);
     state.last_request = id;
     queued.result.metrics["g:last"] = visible(state.adapter.g);
     done(wp::Lane::training, id, queued.result);
@@ -329,7 +337,8 @@ class Worker {
           << state.adapter.chain << ' ' << state.last_request << '\n';
       result.last_request[name] = state.last_request;
     }
-    for (const auto& [name, w] : versions_) out << "version " << name << ' ' << w << " 0 0 0 0\n";
+    // A version whose files are not complete is lost with the worker.
+    for (const auto& name : on_disk_) out << "version " << name << ' ' << versions_[name] << " 0 0 0 0\n";
     out << "end\n";
     result.versions_on_disk.assign(on_disk_.begin(), on_disk_.end());
     done(wp::Lane::control, request.id, result);

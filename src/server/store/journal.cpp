@@ -91,11 +91,6 @@ bool write_all(int fd, const char* from, std::size_t size) {
   return true;
 }
 
-void sync_dir(const std::filesystem::path& dir) {
-  const Fd fd(::open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (fd.value < 0 || ::fsync(fd.value) != 0) throw server_error("cannot sync " + dir.string() + ": " + reason());
-}
-
 std::string read_file(const std::filesystem::path& path) {
   const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   struct stat info {};
@@ -130,6 +125,11 @@ bool valid_record_behind(std::string_view file, std::uint64_t offset, std::uint6
 }
 
 }  // namespace
+
+void sync_path(const std::filesystem::path& path) {
+  const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (fd.value < 0 || ::fsync(fd.value) != 0) throw server_error("cannot sync " + path.string() + ": " + reason());
+}
 
 Journal::Journal(JournalOptions options) : options_(std::move(options)) {
   std::filesystem::create_directories(options_.dir);
@@ -222,7 +222,7 @@ void Journal::open_segment(std::uint64_t segment) {
   current_ = segment;
   size_ = kFileHeader;
   nonce_ = nonce;
-  if (options_.durability == Durability::power) sync_dir(options_.dir);
+  if (options_.durability == Durability::power) sync_path(options_.dir);
 }
 
 RecordPosition Journal::append(std::string_view payload) {

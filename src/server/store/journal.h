@@ -34,6 +34,9 @@ struct RecordPosition {
   friend bool operator==(const RecordPosition&, const RecordPosition&) = default;
 };
 
+// fsync of a file or a directory. Throws Error(server).
+void sync_path(const std::filesystem::path& path);
+
 class Journal {
  public:
   static constexpr std::size_t kMaxRecordBytes = std::size_t{1} << 30;
@@ -54,6 +57,7 @@ class Journal {
   // One record again, its checksum verified. Throws Error(server).
   std::string read(const RecordPosition& position) const;
 
+  const JournalOptions& options() const { return options_; }
   std::uint64_t first_segment() const { return first_; }
   std::uint64_t current_segment() const { return current_; }
   std::uint64_t bytes() const;                              // of all segments
