@@ -75,10 +75,10 @@ def answer(tokenizer, sampler, question: str) -> str:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--base-model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    arguments.add_argument("--steps", type=int, default=24)
-    arguments.add_argument("--batch-size", type=int, default=8)
+    arguments.add_argument("--steps", type=int, default=20)
+    arguments.add_argument("--batch-size", type=int, default=4)
     arguments.add_argument("--rank", type=int, default=16)
-    arguments.add_argument("--learning-rate", type=float, default=5e-4)
+    arguments.add_argument("--learning-rate", type=float, default=1e-3)
     options = arguments.parse_args()
     if options.steps < 10:
         arguments.error("--steps must be at least 10: the first 5 losses are compared with the last 5")
@@ -118,7 +118,7 @@ def main() -> None:
     print(f"asked:  {QUESTION}")
     print(f"before: {before}")
     print(f"after:  {after}")
-    service.close()
+    service.close("success").result()
     assert last <= 0.8 * first, f"the loss did not fall enough: {first:.3f} → {last:.3f}"
 
 
