@@ -213,6 +213,8 @@ class Decoder {
 }  // namespace
 
 std::unique_ptr<tinker_public::ForwardBackwardRequest> parse_forward_backward(std::string_view body) {
+  // The library would write a line about each bad text of a client's to stderr.
+  [[maybe_unused]] static const auto silenced = google::protobuf::SetLogHandler(nullptr);
   auto message = std::make_unique<tinker_public::ForwardBackwardRequest>();
   if (body.size() > static_cast<std::size_t>(INT32_MAX) ||
       !message->ParseFromArray(body.data(), static_cast<int>(body.size()))) {
