@@ -146,7 +146,7 @@ def server_environment() -> dict[str, str]:
     package_parent = str(installation.PACKAGE_DIR.parent)
     environment = dict(os.environ)
     environment["HOSTED_TINKER_TORCH_LIB"] = str(installation.torch_lib_dir())
-    environment["HOSTED_TINKER_TOKENIZER_COMMAND"] = f"{sys.executable} -m hosted_tinker.tokenizer_helper"
+    environment["HOSTED_TINKER_TOKENIZER_COMMAND"] = json.dumps([sys.executable, "-m", "hosted_tinker.tokenizer_helper"])
     paths = [package_parent, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment

@@ -6,7 +6,6 @@
 #include <boost/json/parse.hpp>
 
 #include <cstdlib>
-#include <sstream>
 #include <string_view>
 
 #include "base/error.h"
@@ -54,10 +53,22 @@ std::string check_backend_config(const std::string& text) {
   return text;
 }
 
-std::vector<std::string> split_words(const std::string& text) {
-  std::istringstream stream(text);
+// A JSON array, so that a path may hold spaces.
+std::vector<std::string> parse_command(const std::string& text) {
   std::vector<std::string> words;
-  for (std::string word; stream >> word;) words.push_back(word);
+  if (text.empty()) return words;
+  boost::system::error_code error;
+  const auto value = boost::json::parse(text, error);
+  const auto* array = error ? nullptr : value.if_array();
+  bool valid = array != nullptr && !array->empty();
+  for (std::size_t i = 0; valid && i < array->size(); ++i) {
+    const auto* word = (*array)[i].if_string();
+    valid = word != nullptr;
+    if (valid) words.emplace_back(*word);
+  }
+  if (!valid) {
+    throw user_error("--tokenizer-command must be a JSON array of strings such as [\"/usr/bin/helper\"], got " + text);
+  }
   return words;
 }
 
@@ -116,9 +127,9 @@ void add_options(CLI::App& serve, ServeOptions& options, Texts& texts) {
       ->type_name("FILE");
   serve
       .add_option("--tokenizer-command", texts.tokenizer_command,
-                  "Program and arguments, split at spaces, that writes a model's token bytes when run with "
+                  "Program and arguments, a JSON array, that writes a model's token bytes when run with "
                   "\"export DIR OUT\"; without it, stop strings are refused")
-      ->type_name("COMMAND")
+      ->type_name("JSON")
       ->envname("HOSTED_TINKER_TOKENIZER_COMMAND");
 }
 
@@ -152,7 +163,7 @@ std::variant<ServeOptions, Exit> parse_command_line(int argc, const char* const*
   options.backend_config = check_backend_config(options.backend_config);
   options.durability = texts.durability == "power" ? store::Durability::power : store::Durability::process;
   options.session_timeout = std::chrono::seconds(texts.session_timeout);
-  options.tokenizer_command = split_words(texts.tokenizer_command);
+  options.tokenizer_command = parse_command(texts.tokenizer_command);
   if (::access(options.worker_program.c_str(), X_OK) != 0) {
     throw user_error("there is no worker program at " + options.worker_program.string());
   }
