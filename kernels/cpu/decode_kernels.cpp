@@ -24,6 +24,10 @@ void ht_skinny_gemm(const HtSkinnyGemm* gemm, int64_t n_begin, int64_t n_end) {
   (has_avx512() ? skinny_gemm_avx512 : skinny_gemm_avx2)(*gemm, n_begin, n_end);
 }
 
+void ht_panel_gemm(const HtPanelGemm* gemm, int64_t panel_begin, int64_t panel_end) {
+  (has_avx512() ? panel_gemm_avx512 : panel_gemm_avx2)(*gemm, panel_begin, panel_end);
+}
+
 void ht_store_kv(const HtKvCache* cache, const float* k, int64_t k_stride, const float* v, int64_t v_stride,
                  const int64_t* slots, int64_t row_begin, int64_t row_end) {
   const int64_t dim = cache->head_dim;

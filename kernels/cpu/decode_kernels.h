@@ -35,6 +35,33 @@ typedef struct {
 // Columns [n_begin, n_end) of y.
 void ht_skinny_gemm(const HtSkinnyGemm* gemm, int64_t n_begin, int64_t n_end);
 
+// ---- GEMM with a weight in panels ------------------------------------------------------------------------------
+
+// A weight (n, k) in panels of HT_PANEL_COLUMNS columns of y, ht_panel_elements(n, k) elements; what lies beyond n or k is
+// zero. float32 and float16: [panel][k][column]; bfloat16: [panel][k / 2][column][k % 2].
+enum { HT_PANEL_COLUMNS = 32 };
+int64_t ht_panel_elements(int64_t n, int64_t k);
+// Packs panels [panel_begin, panel_end) of w [n][k] float32. Returns 0 if a value is not exactly one of `type`, else 1.
+int ht_pack_panels(const float* w, int64_t n, int64_t k, HtWeightType type, void* out, int64_t panel_begin,
+                   int64_t panel_end);
+
+// HtSkinnyGemm with W in panels and any m.
+typedef struct {
+  const float* x;
+  int64_t ldx;
+  const void* w;
+  HtWeightType w_type;
+  const float* bias;
+  const float* residual;
+  int64_t ld_residual;
+  float* y;
+  int64_t ldy;
+  int64_t m, n, k;
+  float alpha;
+} HtPanelGemm;
+// The columns of y of panels [panel_begin, panel_end).
+void ht_panel_gemm(const HtPanelGemm* gemm, int64_t panel_begin, int64_t panel_end);
+
 // ---- paged attention -------------------------------------------------------------------------------------------
 
 // One layer's cache. Inside a block keys are stored transposed, so that scores of neighbouring positions are neighbours:

@@ -14,12 +14,19 @@ struct Avx2 {
   // Register tiles that leave room for the operands in 16 registers.
   static constexpr int kTileRows = 4;
   static constexpr int kTileVectors = 2;
+  static constexpr int kPanelRows = 5;
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float x) { return _mm256_set1_ps(x); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static Vec load_bf16(const uint16_t* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static Vec load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  // 8 pairs (low, high).
+  static void load_bf16_pairs(const uint16_t* p, Vec& low, Vec& high) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    low = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    high = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   static Vec load(const float* p, int count) { return _mm256_maskload_ps(p, mask(count)); }
   static Vec load_bf16(const uint16_t* p, int count) { return widen_bf16(load_u16(p, count)); }
   static Vec load_f16(const uint16_t* p, int count) { return _mm256_cvtph_ps(load_u16(p, count)); }

@@ -12,6 +12,7 @@ struct Avx512 {
   static constexpr int kWidth = 16;
   static constexpr int kTileRows = 6;
   static constexpr int kTileVectors = 4;
+  static constexpr int kPanelRows = 12;
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -21,6 +22,12 @@ struct Avx512 {
   }
   static Vec load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // 16 pairs (low, high).
+  static void load_bf16_pairs(const uint16_t* p, Vec& low, Vec& high) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static Vec load(const float* p, int count) { return _mm512_maskz_loadu_ps(mask(count), p); }
   static Vec load_bf16(const uint16_t* p, int count) { return widen_bf16(_mm256_maskz_loadu_epi16(mask(count), p)); }

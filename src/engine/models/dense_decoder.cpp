@@ -43,7 +43,9 @@ DecoderBlock load_block(const model_spec::ModelSpec& spec, WeightSource& weights
     block.mlp.gate_up.bias = weights.vector({mlp + "gate_proj.bias", mlp + "up_proj.bias"}, {inner, inner});
     block.mlp.down.bias = weights.vector({mlp + "down_proj.bias"}, {hidden});
   }
-  for (BaseLinear* linear : {&attention.qkv, &attention.o, &block.mlp.gate_up, &block.mlp.down}) keep_16_bits(*linear);
+  for (BaseLinear* linear : {&attention.qkv, &attention.o, &block.mlp.gate_up, &block.mlp.down}) {
+    linear->packed = pack_weight_16_bits(linear->weight);
+  }
   return block;
 }
 
@@ -58,7 +60,7 @@ DenseDecoder DenseDecoder::load(const model_spec::ModelSpec& spec, WeightSource&
   model.head.unembedding.weight = spec.tie_word_embeddings
                                       ? model.embedding
                                       : weights.matrix({"lm_head.weight"}, {spec.vocab_size}, spec.hidden_size);
-  keep_16_bits(model.head.unembedding);
+  model.head.unembedding.packed = pack_weight_16_bits(model.head.unembedding.weight);
   return model;
 }
 

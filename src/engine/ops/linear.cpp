@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <atomic>
-
 #include "engine/ops/parallel_rows.h"
 #include "engine/ops/skinny_gemm.h"
 
@@ -11,40 +9,26 @@ namespace ht::engine {
 
 namespace {
 
-const at::Tensor& skinny_weight(const BaseLinear& linear) {
-  return linear.weight16.defined() ? linear.weight16 : linear.weight;
-}
-
-// `weight` as T, or undefined if a value would change.
-template <class T>
-at::Tensor narrowed(const at::Tensor& weight, at::ScalarType type) {
-  at::Tensor result = at::empty(weight.sizes(), type);
-  const float* from = weight.const_data_ptr<float>();
-  T* to = result.data_ptr<T>();
-  std::atomic<bool> exact = true;
-  parallel_rows(weight.size(0), weight.size(1), [&](std::int64_t begin, std::int64_t end) {
-    if (!exact) return;
-    bool same = true;
-    for (std::int64_t i = begin * weight.size(1); i < end * weight.size(1); ++i) {
-      to[i] = static_cast<T>(from[i]);
-      same &= static_cast<float>(to[i]) == from[i];
-    }
-    if (!same) exact = false;
-  });
-  return exact ? result : at::Tensor();
+// out = x Wᵀ + bias + residual for few rows.
+void few_rows(const BaseLinear& linear, const at::Tensor& x, const at::Tensor& residual, const at::Tensor& out) {
+  if (!linear.packed.defined()) return skinny_gemm(x, linear.weight, linear.bias, residual, 1.0f, out);
+  HtPanelGemm gemm = panel_gemm(linear.packed, x.const_data_ptr<float>(), x.stride(0), x.size(0),
+                                out.data_ptr<float>(), out.stride(0));
+  if (linear.bias.defined()) gemm.bias = linear.bias.const_data_ptr<float>();
+  if (residual.defined()) {
+    gemm.residual = residual.const_data_ptr<float>();
+    gemm.ld_residual = residual.stride(0);
+  }
+  parallel_rows(linear.packed.panels(), gemm.m * gemm.k,
+                [&](std::int64_t begin, std::int64_t end) { ht_panel_gemm(&gemm, begin, end); });
 }
 
 }  // namespace
 
-void keep_16_bits(BaseLinear& linear) {
-  linear.weight16 = narrowed<at::BFloat16>(linear.weight, at::kBFloat16);
-  if (!linear.weight16.defined()) linear.weight16 = narrowed<at::Half>(linear.weight, at::kHalf);
-}
-
 at::Tensor linear_forward(const BaseLinear& linear, const at::Tensor& x) {
   if (is_skinny(x)) {
     at::Tensor out = at::empty({x.size(0), linear.weight.size(0)}, x.options());
-    skinny_gemm(x, skinny_weight(linear), linear.bias, {}, 1.0f, out);
+    few_rows(linear, x, {}, out);
     return out;
   }
   if (linear.bias.defined()) return at::addmm(linear.bias, x, linear.weight.t());
@@ -53,7 +37,7 @@ at::Tensor linear_forward(const BaseLinear& linear, const at::Tensor& x) {
 
 void linear_forward_out(const BaseLinear& linear, const at::Tensor& x, at::Tensor& out) {
   if (is_skinny(x)) {
-    skinny_gemm(x, skinny_weight(linear), linear.bias, {}, 1.0f, out);
+    few_rows(linear, x, {}, out);
   } else if (linear.bias.defined()) {
     at::addmm_out(out, linear.bias, x, linear.weight.t());
   } else {
@@ -64,7 +48,7 @@ void linear_forward_out(const BaseLinear& linear, const at::Tensor& x, at::Tenso
 at::Tensor linear_forward_residual(const BaseLinear& linear, const at::Tensor& x, const at::Tensor& residual) {
   if (is_skinny(x)) {
     at::Tensor out = at::empty({x.size(0), linear.weight.size(0)}, x.options());
-    skinny_gemm(x, skinny_weight(linear), linear.bias, residual, 1.0f, out);
+    few_rows(linear, x, residual, out);
     return out;
   }
   at::Tensor out = at::addmm(residual, x, linear.weight.t());

@@ -2,19 +2,18 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "engine/ops/packed_weight.h"
+
 namespace ht::engine {
 
 // A frozen linear of the base model: y = x Wᵀ + bias. Every GEMM against a base weight goes through the functions below.
 struct BaseLinear {
   at::Tensor weight;  // float32 (out, in), contiguous
   at::Tensor bias;    // float32 (out); undefined: none
-  // The same values in the checkpoint's 16 bits (bfloat16 or float16), for products with few rows: their time is that of
-  // reading the weight. Undefined where 16 bits do not hold the values exactly.
-  at::Tensor weight16;
+  // The same values in the checkpoint's 16 bits, for products with few rows. Undefined where 16 bits do not hold the
+  // values exactly: those products then read `weight`.
+  PackedWeight packed;
 };
-
-// Fills weight16 if every value of the weight is exactly a bfloat16 or exactly a float16.
-void keep_16_bits(BaseLinear& linear);
 
 // x (M, in) -> (M, out).
 at::Tensor linear_forward(const BaseLinear& linear, const at::Tensor& x);

@@ -27,9 +27,7 @@ void skinny_gemm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor
   gemm.x = x.data_ptr<float>();
   gemm.ldx = x.stride(0);
   gemm.w = weight.const_data_ptr();
-  gemm.w_type = weight.scalar_type() == at::kBFloat16 ? HT_WEIGHT_BF16
-                : weight.scalar_type() == at::kHalf   ? HT_WEIGHT_F16
-                                                      : HT_WEIGHT_F32;
+  gemm.w_type = HT_WEIGHT_F32;
   gemm.bias = bias.defined() ? bias.data_ptr<float>() : nullptr;
   if (residual.defined()) {
     gemm.residual = residual.data_ptr<float>();

@@ -4,11 +4,19 @@
 
 namespace ht::engine {
 
-const AdapterView* AdapterViewCache::get(const AdapterWeights& weights) {
+AdapterViewCache::Entry& AdapterViewCache::entry(const AdapterWeights& weights) {
   const auto found = entries_.find(weights.flat.unsafeGetTensorImpl());
-  if (found != entries_.end()) return &found->second.view;
-  Entry entry{WeakTensor(weights.flat.getIntrusivePtr()), make_adapter_view(weights)};
-  return &entries_.emplace(weights.flat.unsafeGetTensorImpl(), std::move(entry)).first->second.view;
+  if (found != entries_.end()) return found->second;
+  Entry entry{WeakTensor(weights.flat.getIntrusivePtr()), make_adapter_view(weights), {}};
+  return entries_.emplace(weights.flat.unsafeGetTensorImpl(), std::move(entry)).first->second;
+}
+
+const AdapterView* AdapterViewCache::get(const AdapterWeights& weights) { return &entry(weights).view; }
+
+const PackedAdapter* AdapterViewCache::packed(const AdapterWeights& weights) {
+  Entry& found = entry(weights);
+  if (!found.packed) found.packed = pack_adapter(found.view);
+  return &*found.packed;
 }
 
 void AdapterViewCache::drop_dead() {

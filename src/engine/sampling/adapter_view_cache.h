@@ -2,10 +2,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <unordered_map>
 
 #include "engine/ops/views.h"
 #include "engine/runtime/adapter.h"
+#include "engine/sampling/packed_adapter.h"
 
 namespace ht::engine {
 
@@ -13,6 +15,8 @@ namespace ht::engine {
 class AdapterViewCache {
  public:
   const AdapterView* get(const AdapterWeights& weights);
+  // A copy in the layout of batches of few rows.
+  const PackedAdapter* packed(const AdapterWeights& weights);
   // Forgets the views of weights that are gone (a view keeps their memory).
   void drop_dead();
 
@@ -21,7 +25,11 @@ class AdapterViewCache {
   struct Entry {
     WeakTensor flat;
     AdapterView view;
+    std::optional<PackedAdapter> packed;
   };
+
+  Entry& entry(const AdapterWeights& weights);
+
   // A weak pointer keeps the tensor's address from being used again, so the address is a safe key.
   std::unordered_map<const c10::TensorImpl*, Entry> entries_;
 };

@@ -117,6 +117,74 @@ INSTANTIATE_TEST_SUITE_P(Shapes, SkinnyGemm,
                                                           SkinnyCase{5, 16, 7}, SkinnyCase{7, 20, 576},
                                                           SkinnyCase{16, 29, 48}, SkinnyCase{32, 11, 130})));
 
+class PanelGemm : public testing::TestWithParam<std::tuple<bool, SkinnyCase>> {};
+
+TEST_P(PanelGemm, EqualsTheSumInDoubleAndARowsBitsDoNotDependOnTheOtherRows) {
+  const auto [avx512, shape] = GetParam();
+  if (avx512 && !ht::kernels::has_avx512()) GTEST_SKIP() << "no AVX-512";
+  const auto [m, n, k] = shape;
+  const std::int64_t ldx = k + 3, ldy = n + 5;
+  const std::vector<float> x = random_values(m * ldx, 1), bias = random_values(n, 3);
+  const std::vector<float> residual = random_values(m * ldy, 4);
+  for (const HtWeightType type : {HT_WEIGHT_F32, HT_WEIGHT_BF16, HT_WEIGHT_F16}) {
+    std::vector<float> w = random_values(n * k, 2);
+    std::vector<char> packed(static_cast<std::size_t>(ht_panel_elements(n, k)) * 4, 1);
+    const std::int64_t panels = (n + HT_PANEL_COLUMNS - 1) / HT_PANEL_COLUMNS;
+    if (type != HT_WEIGHT_F32) {
+      EXPECT_EQ(ht_pack_panels(w.data(), n, k, type, packed.data(), 0, panels), 0) << "rounded in silence";
+    }
+    for (float& value : w) {
+      if (type == HT_WEIGHT_BF16) value = std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) & 0xffff0000u);
+      if (type == HT_WEIGHT_F16) value = static_cast<float>(static_cast<_Float16>(value));
+    }
+    ASSERT_EQ(ht_pack_panels(w.data(), n, k, type, packed.data(), 0, panels), 1);
+    std::vector<float> y = residual;
+    HtPanelGemm gemm{};
+    gemm.x = x.data();
+    gemm.ldx = ldx;
+    gemm.w = packed.data();
+    gemm.w_type = type;
+    gemm.bias = bias.data();
+    gemm.residual = gemm.y = y.data();
+    gemm.ld_residual = gemm.ldy = ldy;
+    gemm.m = m;
+    gemm.n = n;
+    gemm.k = k;
+    gemm.alpha = 0.5f;
+    const auto run = avx512 ? ht::kernels::panel_gemm_avx512 : ht::kernels::panel_gemm_avx2;
+    run(gemm, 0, panels / 2);
+    run(gemm, panels / 2, panels);
+    for (int i = 0; i < m; ++i) {
+      for (int j = 0; j < n; ++j) {
+        double sum = 0, size = 0;
+        for (int l = 0; l < k; ++l) {
+          const double term = 0.5 * double{x[i * ldx + l]} * double{w[static_cast<std::size_t>(j) * k + l]};
+          sum += term;
+          size += std::abs(term);
+        }
+        const double expected = sum + bias[j] + residual[i * ldy + j];
+        ASSERT_NEAR(y[i * ldy + j], expected, 1e-6 * size + 1e-6) << "type " << type << " at " << i << ", " << j;
+      }
+      for (std::int64_t j = n; j < ldy; ++j) ASSERT_EQ(y[i * ldy + j], residual[i * ldy + j]) << "beyond a row's end";
+
+      std::vector<float> alone(residual.begin() + i * ldy, residual.begin() + (i + 1) * ldy);
+      HtPanelGemm one = gemm;
+      one.x = x.data() + i * ldx;
+      one.residual = one.y = alone.data();
+      one.m = 1;
+      run(one, 0, panels);
+      ASSERT_TRUE(std::equal(alone.begin(), alone.end(), y.begin() + i * ldy)) << "row " << i;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, PanelGemm,
+                         testing::Combine(testing::Bool(),
+                                          testing::Values(SkinnyCase{1, 1, 1}, SkinnyCase{1, 37, 64},
+                                                          SkinnyCase{2, 24, 19}, SkinnyCase{3, 97, 96},
+                                                          SkinnyCase{12, 64, 7}, SkinnyCase{13, 40, 576},
+                                                          SkinnyCase{16, 29, 48}, SkinnyCase{32, 65, 131})));
+
 struct AttentionCase {
   int heads, kv_heads, dim, block_size, window, position, rows;
 };

@@ -72,22 +72,32 @@ PagedAttention::PagedAttention(const model_spec::ModelSpec& spec, PagedKvCache& 
                    [](const HtQueryTile& a, const HtQueryTile& b) { return a.position > b.position; });
 }
 
-at::Tensor PagedAttention::attend(int layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const std::int64_t rows = q.size(0);
-  at::Tensor out = at::empty({rows, spec_.q_size()}, q.options());
+void PagedAttention::store(int layer, const float* k, std::int64_t k_stride, const float* v, std::int64_t v_stride,
+                           std::int64_t row_begin, std::int64_t row_end) const {
+  const HtKvCache cache = cache_.layer(layer);
+  ht_store_kv(&cache, k, k_stride, v, v_stride, slots_.data(), row_begin, row_end);
+}
+
+HtPagedAttention PagedAttention::arguments(int layer, const float* q, std::int64_t q_stride, float* out,
+                                           std::int64_t out_stride) const {
   HtPagedAttention attention{};
   attention.cache = cache_.layer(layer);
-  attention.q = q.data_ptr<float>();
-  attention.q_stride = q.stride(0);
-  attention.out = out.data_ptr<float>();
-  attention.out_stride = spec_.q_size();
+  attention.q = q;
+  attention.q_stride = q_stride;
+  attention.out = out;
+  attention.out_stride = out_stride;
   attention.heads = spec_.num_attention_heads;
   attention.window = spec_.sliding_window[static_cast<std::size_t>(layer)];
   attention.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(spec_.head_dim)));
+  return attention;
+}
 
-  // Every key of the batch must be there before any row attends: a chunk's rows see each other.
-  ht_store_kv(&attention.cache, k.data_ptr<float>(), k.stride(0), v.data_ptr<float>(), v.stride(0), slots_.data(), 0,
-              rows);
+at::Tensor PagedAttention::attend(int layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const std::int64_t rows = q.size(0);
+  at::Tensor out = at::empty({rows, spec_.q_size()}, q.options());
+  const HtPagedAttention attention =
+      arguments(layer, q.data_ptr<float>(), q.stride(0), out.data_ptr<float>(), spec_.q_size());
+  store(layer, k.data_ptr<float>(), k.stride(0), v.data_ptr<float>(), v.stride(0), 0, rows);
   const auto tiles = static_cast<std::int64_t>(tiles_.size());
   if (work_ < kParallelWork) {
     ht_paged_attention(&attention, tiles_.data(), 0, tiles);

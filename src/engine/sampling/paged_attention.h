@@ -45,6 +45,16 @@ class PagedAttention final : public InferenceAttention {
  public:
   PagedAttention(const model_spec::ModelSpec& spec, PagedKvCache& cache, std::span<const CachedSequence> sequences);
 
+  // Stores k and v of rows [row_begin, row_end), whose rows lie the strides apart. Every row's must be stored before any
+  // tile attends: a chunk's rows see each other.
+  void store(int layer, const float* k, std::int64_t k_stride, const float* v, std::int64_t v_stride,
+             std::int64_t row_begin, std::int64_t row_end) const;
+  // What ht_paged_attention takes for `tiles()`.
+  HtPagedAttention arguments(int layer, const float* q, std::int64_t q_stride, float* out,
+                             std::int64_t out_stride) const;
+  std::span<const HtQueryTile> tiles() const { return tiles_; }
+
+  // The two, with tensors.
   at::Tensor attend(int layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) override;
 
  private:

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <string>
 
+#include "engine/runtime/base_model_impl.h"
 #include "engine/runtime/forward.h"
 #include "engine/sampling/adapter_view_cache.h"
+#include "engine/sampling/few_rows_forward.h"
 #include "engine/sampling/logits_rows.h"
 #include "engine/sampling/paged_attention.h"
 
@@ -58,14 +60,19 @@ struct SamplingEngine::Impl {
   Impl(const BaseModel& base, std::int32_t num_blocks, std::int32_t block_size)
       : model(base),
         cache(base.spec(), num_blocks, block_size),
+        few_rows(base.impl().model),
         logits(at::empty({kLogitsRows, base.spec().vocab_size}, at::kFloat)) {}
 
   // hidden (T, hidden), `segments` in its rows, `wanted` in its order.
   void draw_and_score(std::span<const StepRow> rows, const at::Tensor& hidden, std::span<const LoraSegment> segments,
                       std::span<const LogitsRow> wanted, std::vector<StepRowResult>& results);
+  // The first wanted.size() rows of `logits` are those of `wanted`.
+  void draw_and_score(std::span<const StepRow> rows, std::span<const LogitsRow> wanted,
+                      std::vector<StepRowResult>& results);
 
   const BaseModel& model;
   PagedKvCache cache;
+  FewRowsForward few_rows;
   AdapterViewCache views;
   at::Tensor logits;  // (kLogitsRows, vocab), reused
 };
@@ -96,10 +103,9 @@ std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
   std::vector<std::int32_t> tokens, positions;
   std::vector<std::int32_t> cu_seqlens = {0};
   std::vector<CachedSequence> sequences;
-  std::vector<LoraSegment> segments;
+  std::vector<std::int64_t> adapter_ends;
   std::vector<LogitsRow> wanted;
   for (const AdapterWeights* adapter : adapters) {
-    const auto segment_begin = static_cast<std::int64_t>(tokens.size());
     for (std::size_t i = 0; i < rows.size(); ++i) {
       const StepRow& row = rows[i];
       if (row.adapter != adapter) continue;
@@ -113,12 +119,29 @@ std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
       prepare_result(row, results[i]);
       append_logits_rows(row, i, begin, wanted);
     }
-    segments.push_back({segment_begin, static_cast<std::int64_t>(tokens.size()),
-                        adapter == nullptr ? nullptr : impl_->views.get(*adapter)});
+    adapter_ends.push_back(static_cast<std::int64_t>(tokens.size()));
   }
 
   PagedAttention attention(impl_->model.spec(), impl_->cache, sequences);
-  const at::Tensor hidden = forward_hidden(impl_->model, {tokens, positions, cu_seqlens}, segments, attention);
+  const PackedSequences batch{tokens, positions, cu_seqlens};
+  if (batch.num_tokens() <= FewRowsForward::kMaxRows) {
+    std::vector<FewRowsForward::Segment> segments;
+    for (std::size_t i = 0; i < adapters.size(); ++i) {
+      segments.push_back({i == 0 ? 0 : adapter_ends[i - 1], adapter_ends[i],
+                          adapters[i] == nullptr ? nullptr : impl_->views.packed(*adapters[i])});
+    }
+    std::vector<std::int64_t> wanted_rows;
+    for (const LogitsRow& row : wanted) wanted_rows.push_back(row.packed_row);
+    impl_->few_rows.run(batch, segments, attention, wanted_rows, impl_->logits.data_ptr<float>());
+    impl_->draw_and_score(rows, wanted, results);
+    return results;
+  }
+  std::vector<LoraSegment> segments;
+  for (std::size_t i = 0; i < adapters.size(); ++i) {
+    segments.push_back({i == 0 ? 0 : adapter_ends[i - 1], adapter_ends[i],
+                        adapters[i] == nullptr ? nullptr : impl_->views.get(*adapters[i])});
+  }
+  const at::Tensor hidden = forward_hidden(impl_->model, batch, segments, attention);
   impl_->draw_and_score(rows, hidden, segments, wanted, results);
   return results;
 }
@@ -126,7 +149,6 @@ std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
 void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, const at::Tensor& hidden,
                                           std::span<const LoraSegment> segments, std::span<const LogitsRow> wanted,
                                           std::vector<StepRowResult>& results) {
-  const auto vocab = static_cast<std::size_t>(model.spec().vocab_size);
   for (std::size_t begin = 0; begin < wanted.size(); begin += kLogitsRows) {
     const auto chunk = wanted.subspan(begin, std::min<std::size_t>(kLogitsRows, wanted.size() - begin));
     const auto size = static_cast<std::int64_t>(chunk.size());
@@ -144,21 +166,28 @@ void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, const a
     }
     at::Tensor chunk_logits = logits.narrow(0, 0, size);
     logits_out(model, hidden.index_select(0, index), chunk_segments, chunk_logits);
-    const float* data = chunk_logits.data_ptr<float>();
-    std::vector<char> finite(chunk.size());
-    at::parallel_for(0, size, 1, [&](std::int64_t from, std::int64_t to) {
-      for (std::int64_t i = from; i < to; ++i) {
-        const LogitsRow& where = chunk[static_cast<std::size_t>(i)];
-        const std::span<const float> row(data + static_cast<std::size_t>(i) * vocab, vocab);
-        finite[static_cast<std::size_t>(i)] = fill_result(rows[where.step_row], where, row, results[where.step_row]);
-      }
-    });
-    for (std::size_t i = 0; i < chunk.size(); ++i) {
-      const StepRow& row = rows[chunk[i].step_row];
-      if (finite[i]) continue;
-      results[chunk[i].step_row].error = "the logits at position " + std::to_string(row.position + chunk[i].chunk_row) +
-                                         " are not finite: the adapter's weights have diverged";
+    draw_and_score(rows, chunk, results);
+  }
+}
+
+void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, std::span<const LogitsRow> wanted,
+                                          std::vector<StepRowResult>& results) {
+  const auto vocab = static_cast<std::size_t>(model.spec().vocab_size);
+  const float* data = logits.const_data_ptr<float>();
+  std::vector<char> finite(wanted.size());
+  at::parallel_for(0, static_cast<std::int64_t>(wanted.size()), 1, [&](std::int64_t from, std::int64_t to) {
+    for (auto i = static_cast<std::size_t>(from); i < static_cast<std::size_t>(to); ++i) {
+      const LogitsRow& where = wanted[i];
+      const std::span<const float> row(data + i * vocab, vocab);
+      finite[i] = fill_result(rows[where.step_row], where, row, results[where.step_row]);
     }
+  });
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    const StepRow& row = rows[wanted[i].step_row];
+    if (finite[i]) continue;
+    results[wanted[i].step_row].error = "the logits at position " +
+                                        std::to_string(row.position + wanted[i].chunk_row) +
+                                        " are not finite: the adapter's weights have diverged";
   }
 }
 

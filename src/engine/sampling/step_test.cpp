@@ -89,7 +89,7 @@ std::unique_ptr<BaseModel> make_model(const Shape& shape) {
   options.threads = 2;
   auto model = BaseModel::load(dir, options);
   std::filesystem::remove_all(dir);
-  EXPECT_EQ(model->impl().model.blocks[0].mlp.down.weight16.defined(), shape.bf16);
+  EXPECT_EQ(model->impl().model.blocks[0].mlp.down.packed.defined(), shape.bf16);
   return model;
 }
 
