@@ -39,14 +39,14 @@ tidy: ## clang-tidy on the torch-free sources
 asan: ## unit tests with AddressSanitizer and UBSan
 	@scripts/setup --for test
 	@cmake --preset asan >/dev/null
-	@cmake --build --preset asan
-	@ctest --preset asan --no-tests=error
+	@cmake --build --preset asan --target unit_tests
+	@ctest --preset asan --no-tests=error -L unit
 
 tsan: ## unit tests of the torch-free targets with ThreadSanitizer
 	@scripts/setup --for build
 	@cmake --preset tsan >/dev/null
-	@cmake --build --preset tsan
-	@ctest --preset tsan --no-tests=error
+	@cmake --build --preset tsan --target unit_tests
+	@ctest --preset tsan --no-tests=error -L unit
 
 clean: ## remove build/ (not .deps and .venv)
 	@rm -rf build

@@ -86,7 +86,9 @@ function(ht_executable name)
   ht_link(${name} "${ARG_USES}" "${ARG_LIBRARIES}" PRIVATE)
 endfunction()
 
-# One test executable and one ctest entry a room: unit.<room>.
+add_custom_target(unit_tests)
+
+# One test executable and one ctest entry a room: unit.<room>; the target unit_tests builds them all.
 function(ht_test room)
   if(NOT HT_BUILD_TESTS)
     return()
@@ -101,6 +103,7 @@ function(ht_test room)
   list(APPEND ARG_LIBRARIES GTest::gmock GTest::gtest GTest::gtest_main)
   ht_link(${name} "${ARG_USES}" "${ARG_LIBRARIES}" PRIVATE)
   string(REPLACE "/" "." dotted ${room})
+  add_dependencies(unit_tests ${name})
   add_test(NAME unit.${dotted} COMMAND ${name})
   set_tests_properties(unit.${dotted} PROPERTIES LABELS unit ENVIRONMENT "OMP_WAIT_POLICY=passive")
 endfunction()
