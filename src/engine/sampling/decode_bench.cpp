@@ -58,6 +58,7 @@ int main(int argc, char** argv) {
     rows[i].params = &params;
     rows[i].draws = {&draws[i], 1};
   }
+  engine.run(rows);  // warm-up
   const double begin = now();
   auto results = engine.run(rows);
   const double prefill = now() - begin;
