@@ -89,7 +89,7 @@ struct LaneCounts {
 
 // A cut that may stand in for the requests inside it.
 struct SnapshotCut {
-  std::string dir;
+  std::string dir;                              // below Options::snapshot_dir
   std::map<std::string, std::int64_t> covered;  // model → the last number inside
 };
 

@@ -22,6 +22,9 @@
 
 namespace ht::dispatch {
 
+// Its message; empty: it is none.
+std::string failure_of(const worker_protocol::Reply& reply);
+
 class Group {
  public:
   Group(boost::asio::io_context& io, const Options& options, GroupOptions group, const Dispatch::Events& events);
@@ -90,8 +93,7 @@ class Group {
   void forget(Lane& lane, std::int64_t seq);
   RequestId send_control(worker_protocol::RequestBody body);
 
-  // group_recovery.cpp: start, crash, restart, snapshots
-  std::filesystem::path snapshot_root() const;
+  // group_recovery.cpp: start, crash, restart
   void launch();
   void on_loaded(const worker_protocol::Reply& reply);
   void begin();
@@ -100,14 +102,19 @@ class Group {
   void blame(const std::string& reason);
   void rewind();
   void pump_carefully();
+  void mark_mixed(const worker_protocol::MicroBatch& micro_batch);
+  void abandon_worker(const std::string& reason);
+
+  // group_snapshots.cpp
+  std::filesystem::path absolute(const std::string& cut_dir) const;
+  std::string snapshot_root() const;
+  void remove_unused_snapshots();
   void maybe_snapshot();
   void on_snapshot(const worker_protocol::Reply& reply);
   void try_adopt();
   void discard_cut(std::chrono::milliseconds pause);
   void drop_covered(const SnapshotCut& cut);
   void prune_micro_batches();
-  void mark_mixed(const worker_protocol::MicroBatch& micro_batch);
-  void abandon_worker(const std::string& reason);
 
   boost::asio::io_context& io_;
   const Options& options_;
@@ -119,7 +126,7 @@ class Group {
   std::shared_ptr<std::uint64_t> epoch_ = std::make_shared<std::uint64_t>(0);
   GroupState state_ = GroupState::stopped;
   GroupStatus status_;
-  std::string token_table_;
+  std::optional<std::string> token_table_;  // not known yet, empty: none, or its file
   boost::asio::steady_timer timer_;
   int crashes_in_a_row_ = 0;  // without a finished request between them
   bool careful_ = false;      // find out which request kills the worker: one at a time
@@ -133,7 +140,7 @@ class Group {
   std::size_t samples_in_flight_ = 0, samples_in_flight_bytes_ = 0;
   std::unordered_map<std::string, Version> versions_;
 
-  std::string snapshot_dir_;
+  std::string snapshot_dir_;  // of the cut in use; empty: none
   std::deque<worker_protocol::MicroBatch> micro_batches_;  // since the cut
   std::size_t replay_cursor_ = 0;                          // those that the running worker has executed
   std::optional<PendingCut> cut_;

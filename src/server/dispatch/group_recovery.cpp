@@ -1,12 +1,10 @@
-// Start, crash, restart and snapshots of a worker group.
+// Start, crash and restart of a worker group.
 
 #include <algorithm>
 #include <filesystem>
 #include <utility>
 
-#include <fmt/format.h>
 #include <boost/asio/post.hpp>
-#include <boost/crc.hpp>
 
 #include "base/logging.h"
 #include "server/dispatch/group.h"
@@ -16,19 +14,10 @@ namespace ht::dispatch {
 namespace wp = worker_protocol;
 using std::chrono::milliseconds;
 
-namespace {
-
 std::string failure_of(const wp::Reply& reply) {
   const auto* failure = std::get_if<wp::Failure>(&reply.body);
   return failure == nullptr ? std::string() : failure->message;
 }
-
-void remove_tree(const std::string& dir) {
-  std::error_code ignored;
-  if (!dir.empty()) std::filesystem::remove_all(dir, ignored);
-}
-
-}  // namespace
 
 GroupStatus Group::status() const {
   GroupStatus status = status_;
@@ -37,18 +26,8 @@ GroupStatus Group::status() const {
   return status;
 }
 
-// A name of the base directory that is one path segment.
-std::filesystem::path Group::snapshot_root() const {
-  boost::crc_32_type crc;
-  crc.process_bytes(group_.base_dir.data(), group_.base_dir.size());
-  return options_.snapshot_dir / fmt::format("{:08x}", crc.checksum());
-}
-
 void Group::start() {
-  std::filesystem::create_directories(snapshot_root());
-  for (const auto& entry : std::filesystem::directory_iterator(snapshot_root())) {
-    if (entry.path() != std::filesystem::path(snapshot_dir_)) remove_tree(entry.path().string());
-  }
+  remove_unused_snapshots();
   launch();
 }
 
@@ -118,11 +97,11 @@ void Group::on_loaded(const wp::Reply& reply) {
   if (done == nullptr) return abandon_worker("the base model could not be loaded: " + failure_of(reply));
   if (const auto* info = std::get_if<wp::WorkerInfo>(&done->body)) status_.info = *info;
   status_.progress = 1;
-  if (!token_table_.empty()) token_table_request_ = send_control(wp::SetTokenTable{token_table_});
+  if (token_table_) token_table_request_ = send_control(wp::SetTokenTable{*token_table_});
   if (snapshot_dir_.empty()) return begin();
   state_ = GroupState::restoring;
   status_.text = "the adapters of " + group_.name + " are being restored";
-  restore_ = send_control(wp::Restore{snapshot_dir_});
+  restore_ = send_control(wp::Restore{absolute(snapshot_dir_).string()});
 }
 
 // The adapters are those of the snapshot: from here on the lanes bring the rest.
@@ -302,128 +281,6 @@ void Group::pump_carefully() {
   pump_carefully();
 }
 
-void Group::maybe_snapshot() {
-  if (state_ != GroupState::ready || careful_ || cut_ || std::chrono::steady_clock::now() < next_snapshot_) return;
-  if (compute_seconds_ < options_.snapshot_after_seconds && executed_bytes_ < options_.snapshot_after_bytes &&
-      index_.size() < options_.snapshot_after_requests) {
-    return;
-  }
-  std::erase_if(lanes_, [](const auto& lane) { return lane.second.closed() && lane.second.entries().empty(); });
-  PendingCut cut;
-  const auto now = std::chrono::system_clock::now().time_since_epoch();
-  cut.cut.dir = (snapshot_root() / (std::to_string(std::chrono::duration_cast<milliseconds>(now).count()) + "-" +
-                                    std::to_string(++snapshots_made_)))
-                    .string();
-  cut.compute_seconds = compute_seconds_;
-  std::error_code error;
-  std::filesystem::create_directories(cut.cut.dir, error);
-  if (error) {
-    spdlog::error("{}: cannot make {}: {}", group_.name, cut.cut.dir, error.message());
-    next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
-    return;
-  }
-  // What is done now is inside; the answer may name later requests.
-  for (const auto& [model, lane] : lanes_) {
-    for (const auto& [seq, entry] : lane.entries()) {
-      if (!entry.executed) break;
-      cut.cut.covered[model] = seq;
-    }
-  }
-  snapshot_ = send_control(wp::Snapshot{cut.cut.dir});
-  cut_ = std::move(cut);
-}
-
-void Group::on_snapshot(const wp::Reply& reply) {
-  if (!cut_) return;
-  const auto* done = std::get_if<wp::Done>(&reply.body);
-  const auto* result = done == nullptr ? nullptr : std::get_if<wp::SnapshotResult>(&done->body);
-  if (result == nullptr) {
-    spdlog::error("{}: no snapshot: {}", group_.name, failure_of(reply));
-    return discard_cut(options_.snapshot_retry);
-  }
-  for (const auto& [adapter, last] : result->last_request) {
-    const auto found = index_.find(last);
-    if (found == index_.end()) continue;  // an older cut covers it
-    auto& covered = cut_->cut.covered.try_emplace(found->second.lane->model(), found->second.seq).first->second;
-    covered = std::max(covered, found->second.seq);
-  }
-  for (const std::string& version : result->versions_on_disk) {
-    if (const auto found = versions_.find(version); found != versions_.end()) found->second.on_disk = true;
-  }
-  // A version inside the cut can be made again only as long as the requests before it are kept: its files come first.
-  for (const auto& [model, seq] : cut_->cut.covered) {
-    for (const auto& [number, entry] : lane(model).entries()) {
-      if (number > seq || entry.item.kind != Kind::publish) continue;
-      const auto version = versions_.find(entry.item.version);
-      if (version != versions_.end() && !version->second.on_disk && !version->second.failed) {
-        return discard_cut(options_.snapshot_retry);
-      }
-    }
-  }
-  cut_->answered = true;
-  try_adopt();
-}
-
-// A result that the worker sent before the cut may still be on its way on another stream.
-void Group::try_adopt() {
-  if (!cut_ || !cut_->answered) return;
-  for (const auto& [model, seq] : cut_->cut.covered) {
-    for (const auto& [number, entry] : lane(model).entries()) {
-      if (number > seq) break;
-      if (!entry.item.completed) return;
-    }
-  }
-  const PendingCut adopted = *std::exchange(cut_, std::nullopt);
-  try {
-    events_.snapshot(group_.base_dir, adopted.cut);
-  } catch (const std::exception& error) {
-    spdlog::error("{}: the snapshot could not be journalled: {}", group_.name, error.what());
-    remove_tree(adopted.cut.dir);
-    next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
-    return;
-  }
-  remove_tree(std::exchange(snapshot_dir_, adopted.cut.dir));
-  drop_covered(adopted.cut);
-  compute_seconds_ = std::max(0.0, compute_seconds_ - adopted.compute_seconds);
-  executed_bytes_ = 0;
-}
-
-void Group::discard_cut(milliseconds pause) {
-  if (!cut_) return;
-  remove_tree(cut_->cut.dir);
-  cut_.reset();
-  next_snapshot_ = std::chrono::steady_clock::now() + pause;
-}
-
-void Group::drop_covered(const SnapshotCut& cut) {
-  for (const auto& [model, seq] : cut.covered) {
-    Lane* of = find_lane(model);
-    if (of == nullptr) continue;
-    while (!of->entries().empty() && of->entries().begin()->first <= seq) {
-      const Item item = of->entries().begin()->second.item;
-      if (item.kind == Kind::publish && versions_.contains(item.version)) versions_[item.version].on_disk = true;
-      forget(*of, item.seq);
-    }
-  }
-  prune_micro_batches();
-}
-
-// A cut has no partly executed request: a micro-batch is inside it or not.
-void Group::prune_micro_batches() {
-  std::size_t kept = 0, cursor = replay_cursor_;
-  for (std::size_t i = 0; i < micro_batches_.size(); ++i) {
-    const auto& slices = micro_batches_[i].slices;
-    if (std::any_of(slices.begin(), slices.end(), [&](const auto& slice) { return index_.contains(slice.request); })) {
-      if (kept != i) micro_batches_[kept] = std::move(micro_batches_[i]);
-      ++kept;
-    } else if (i < replay_cursor_) {
-      --cursor;
-    }
-  }
-  micro_batches_.resize(kept);
-  replay_cursor_ = cursor;
-}
-
 void Group::mark_mixed(const wp::MicroBatch& micro_batch) {
   const bool changes = std::any_of(micro_batch.slices.begin(), micro_batch.slices.end(), [&](const auto& slice) {
     const Entry* entry = entry_of(slice.request);
@@ -433,14 +290,6 @@ void Group::mark_mixed(const wp::MicroBatch& micro_batch) {
   for (const auto& slice : micro_batch.slices) {
     if (Entry* entry = entry_of(slice.request)) entry->mixed = true;
   }
-}
-
-void Group::restore_snapshot(const SnapshotCut& cut) {
-  snapshot_dir_ = cut.dir;
-  for (const auto& [model, seq] : cut.covered) {
-    if (seq != kDropSeq) lane(model).set_horizon(seq + 1);
-  }
-  drop_covered(cut);
 }
 
 void Group::restore_micro_batch(const wp::MicroBatch& micro_batch) {

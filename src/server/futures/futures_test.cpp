@@ -341,6 +341,26 @@ TEST_F(FuturesTest, ForgetsAfterRetentionAndStillKnowsTheModels) {
               HasSubstr(std::to_string(sampled(Adapter::fresh(7).w, 5, 0))));
 }
 
+TEST_F(FuturesTest, ASnapshotIsFoundInAMovedDataDirectory) {
+  options_.dispatch.snapshot_after_requests = 3;
+  start();
+  submit(create("s:m", 7));
+  Adapter wanted = Adapter::fresh(7);
+  for (int seq = 1; seq <= 6; ++seq) {
+    text(submit(step("s:m", seq, seq)));
+    wanted.step(seq);
+  }
+  ASSERT_TRUE(rig_->run([&] { return !rig_->dispatch->snapshot_of(kBase).empty(); }));
+  rig_.reset();
+  const auto from = options_.dir;
+  options_.dir += "_moved";
+  std::filesystem::remove_all(options_.dir);
+  std::filesystem::rename(from, options_.dir);
+  start();
+  wanted.step(7);
+  EXPECT_THAT(text(submit(step("s:m", 7, 7))), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+}
+
 TEST_F(FuturesTest, TooManySamplesAreRefused) {
   options_.futures.max_queued_samples = 3;
   options_.model_dir = "";  // never ready
