@@ -29,10 +29,9 @@ void SampleQueue::push(SampleRequest request) {
   }
   // The last token drawn is never an input: it takes no place in the cache.
   const std::int64_t positions = static_cast<std::int64_t>(request.prompt.size()) + request.max_tokens - 1;
-  const std::int64_t capacity = std::int64_t{limits_.num_blocks} * limits_.block_size;
-  if (positions > capacity) {
+  if (positions > capacity()) {
     throw user_error("a prompt of " + std::to_string(request.prompt.size()) + " tokens and max_tokens " +
-                     std::to_string(request.max_tokens) + " do not fit the cache of " + std::to_string(capacity) +
+                     std::to_string(request.max_tokens) + " do not fit the cache of " + std::to_string(capacity()) +
                      " tokens (kv_cache_tokens of the backend config)");
   }
   const std::uint64_t arrival = next_arrival_++;

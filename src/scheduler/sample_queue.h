@@ -80,12 +80,15 @@ class SampleQueue {
 
   // Empty when nothing is to run. Each step must be completed before the next one is asked for.
   SampleStep next_step();
-  // draws[i]: one for each of step.rows[i].draws.
+  // draws[i]: one for each of step.rows[i].draws. Rows of requests that were cancelled since next_step() are passed over:
+  // what failed is cancelled first, so that none of its blocks gets into the prefix cache.
   void complete(const SampleStep& step, std::span<const std::vector<SampleDraw>> draws);
 
   bool ready() const { return !waiting_.empty() || !running_.empty(); }
   std::int32_t num_running() const { return static_cast<std::int32_t>(running_.size()); }
   std::int32_t num_waiting() const { return static_cast<std::int32_t>(waiting_.size()); }
+  // Positions that the whole cache holds. The last token of a sequence takes none.
+  std::int64_t capacity() const { return std::int64_t{limits_.num_blocks} * limits_.block_size; }
   std::int32_t num_blocks() const { return allocator_.num_blocks(); }
   // Free, or held by the prefix cache alone.
   std::int32_t num_free_blocks() const { return allocator_.num_free() + cache_.num_evictable(); }

@@ -195,6 +195,19 @@ TEST(SampleQueue, WhatCanNeverFitIsRefusedByName) {
   EXPECT_THROW(queue.push({.id = 3, .version = "v", .prompt = {}}), Error);
 }
 
+TEST(SampleQueue, NothingOfAFailedStepIsCached) {
+  const SampleLimits limits{.num_blocks = 16, .block_size = 4};
+  Sampler sampler(limits);
+  sampler.push({.id = 1, .version = "v", .prompt = prompt(13), .max_tokens = 3});
+  const SampleStep failed = sampler.queue.next_step();  // never run
+  sampler.queue.cancel(1);
+  sampler.queue.complete(failed, std::vector<std::vector<SampleDraw>>(failed.rows.size()));
+  EXPECT_EQ(sampler.queue.num_free_blocks(), limits.num_blocks);
+  sampler.push({.id = 2, .version = "v", .prompt = prompt(13), .max_tokens = 3});
+  while (sampler.step()) {}
+  sampler.check(2);
+}
+
 TEST(SampleQueue, RandomLoadsWithCancelsLeakNothingAndDrawTheRightTokens) {
   for (unsigned seed = 0; seed < 150; ++seed) {
     std::mt19937 random(seed);

@@ -1,6 +1,7 @@
 #include "scheduler/train_queue.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "base/error.h"
@@ -12,6 +13,14 @@ namespace {
 // Ops an adapter may run on average between two micro-batches that are ready: a client that sends ops alone must not
 // keep the others from training.
 constexpr std::size_t kOpsPerAdapterInARow = 4;
+
+// Micro-batches for which draining first holds long requests back, and for which it does at most.
+constexpr std::int64_t kFirstHold = 8;
+constexpr std::int64_t kLongestHold = std::int64_t{1} << 20;
+
+std::int64_t tokens_of(const TrainRequest& request, std::int32_t begin, std::int32_t end) {
+  return std::accumulate(request.datum_tokens.begin() + begin, request.datum_tokens.begin() + end, std::int64_t{0});
+}
 
 }  // namespace
 
@@ -62,6 +71,25 @@ void TrainQueue::remove(RequestId id) {
   adapter_of_.erase(found);
 }
 
+void TrainQueue::set_draining(bool draining) {
+  if (draining && !draining_) phase_length_ = phase_left_ = kFirstHold;
+  if (draining != draining_) holding_back_ = draining;
+  draining_ = draining;
+}
+
+// After a micro-batch.
+void TrainQueue::count_draining() {
+  if (!draining_ || --phase_left_ > 0) return;
+  holding_back_ = !holding_back_;
+  if (holding_back_) phase_length_ = std::min(2 * phase_length_, kLongestHold);
+  phase_left_ = phase_length_;
+}
+
+bool TrainQueue::may_begin(const TrainRequest& request) const {
+  const auto num_datums = static_cast<std::int32_t>(request.datum_tokens.size());
+  return !holding_back_ || num_datums == 1 || tokens_of(request, 0, num_datums) <= micro_batch_tokens_;
+}
+
 bool TrainQueue::drained() const {
   return replay_.empty() && std::none_of(fifos_.begin(), fifos_.end(),
                                          [](const auto& entry) { return entry.second.front().started(); });
@@ -69,13 +97,13 @@ bool TrainQueue::drained() const {
 
 // An op, or a batch to refuse.
 bool TrainQueue::has_runnable_op(const std::string& adapter, const Fifo& fifo) const {
-  if (draining_ && replay_.empty()) return false;
   return !fifo.front().request.is_batch || !live_.contains(adapter);
 }
 
 bool TrainQueue::has_runnable_batch(const std::string& adapter, const Fifo& fifo) const {
   const Pending& head = fifo.front();
-  return replay_.empty() && head.request.is_batch && live_.contains(adapter) && (!draining_ || head.started());
+  return replay_.empty() && head.request.is_batch && live_.contains(adapter) &&
+         (head.started() || may_begin(head.request));
 }
 
 // Whether every slice of the next replayed micro-batch is next in its adapter's queue.
@@ -146,7 +174,8 @@ TrainPlan TrainQueue::next_op() {
   return {};
 }
 
-// Takes the adapter's next datum if it may run now and fits.
+// Takes the adapter's next datum if it may run now and fits. While long requests are held back, a request that begins is
+// taken whole.
 bool TrainQueue::take_datum(const std::string& adapter, Composition& composition) {
   const Fifo& fifo = fifos_.at(adapter);
   std::size_t& index = composition.position[adapter];
@@ -161,15 +190,17 @@ bool TrainQueue::take_datum(const std::string& adapter, Composition& composition
   }
   const Pending& pending = fifo[index];
   if (!pending.request.is_batch || pending.request.forward_only != composition.forward_only) return false;
-  if (draining_ && !pending.started()) return false;
   const std::int32_t datum = next_datum_of(index);
-  const std::int32_t tokens = pending.request.datum_tokens[static_cast<std::size_t>(datum)];
+  const bool whole = holding_back_ && !pending.started();
+  if (whole && !may_begin(pending.request)) return false;
+  const std::int32_t end = whole ? pending.num_datums() : datum + 1;
+  const std::int64_t tokens = tokens_of(pending.request, datum, end);
   if (composition.tokens > 0 && composition.tokens + tokens > micro_batch_tokens_) return false;
-  composition.tokens += std::max(tokens, 1);
+  composition.tokens += std::max<std::int64_t>(tokens, 1);
   if (!slices.empty() && slices.back().request == pending.request.id) {
-    slices.back().datum_end = datum + 1;
+    slices.back().datum_end = end;
   } else {
-    slices.push_back({pending.request.id, datum, datum + 1});
+    slices.push_back({pending.request.id, datum, end});
   }
   return true;
 }
@@ -206,6 +237,7 @@ TrainMicroBatch TrainQueue::compose() {
     }
     pop_finished(adapter);
   }
+  count_draining();
   return micro_batch;
 }
 

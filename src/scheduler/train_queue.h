@@ -61,8 +61,11 @@ class TrainQueue {
   // Takes a request out, with what is left of it: it failed.
   void remove(RequestId id);
 
-  // Draining: only partly executed requests go on, so that drained() comes true. An unfinished replay goes on as well.
-  void set_draining(bool draining) { draining_ = draining; }
+  // Draining: sees to it that drained(), no request is partly executed, comes true, without making others wait for the
+  // end of a long request. Ops and requests that fit into one micro-batch whole go on as ever, and so does an unfinished
+  // replay. Requests of several micro-batches are not begun, but for a bounded number of micro-batches; then they are,
+  // for as many, then they are not for twice as many, and so on.
+  void set_draining(bool draining);
   bool drained() const;
 
   // Throws Error(server) when the replay does not fit the requests that came (clear_replay() composes freely again).
@@ -84,6 +87,8 @@ class TrainQueue {
   using Fifo = std::deque<Pending>;
   struct Composition;
 
+  bool may_begin(const TrainRequest& request) const;
+  void count_draining();
   bool has_runnable_op(const std::string& adapter, const Fifo& fifo) const;
   bool has_runnable_batch(const std::string& adapter, const Fifo& fifo) const;
   bool replay_ready() const;
@@ -101,6 +106,9 @@ class TrainQueue {
   std::size_t num_requests_ = 0;
   std::uint64_t next_number_ = 1;
   bool draining_ = false;
+  bool holding_back_ = false;      // draining, and long requests are not begun
+  std::int64_t phase_length_ = 0;  // micro-batches until that changes, when it changed last
+  std::int64_t phase_left_ = 0;
   std::string batch_cursor_;  // adapter that starts the next micro-batch
   std::string op_cursor_;     // adapter that ran the last op
   std::size_t ops_in_a_row_ = 0;

@@ -107,24 +107,71 @@ TEST(TrainQueue, AClientThatSendsOpsAloneDoesNotKeepTheOthersWaiting) {
   EXPECT_LE(before, 8);
 }
 
-TEST(TrainQueue, DrainingEndsBetweenRequests) {
+TEST(TrainQueue, DrainingHoldsBackLongRequestsAlone) {
   TrainQueue queue(100);
-  queue.set_live("a", true);
-  queue.set_live("b", true);
+  for (const char* adapter : {"a", "b", "c"}) queue.set_live(adapter, true);
   queue.push(batch(1, "a", {60, 60, 60}));
   queue.push(op(2, "a"));
-  queue.push(batch(3, "b", {60}));
+  queue.push(batch(3, "b", {60, 60}));
   ASSERT_EQ(queue.next().micro_batch.slices, (std::vector{TrainSlice{1, 0, 1}}));
   EXPECT_FALSE(queue.drained());
   queue.set_draining(true);
-  for (const TrainMicroBatch& micro_batch : micro_batches(run_all(queue))) {
-    for (const TrainSlice& slice : micro_batch.slices) EXPECT_EQ(slice.request, 1u);
+  queue.push(batch(4, "c", {20, 20}));
+  queue.push(op(5, "c"));
+  queue.push(batch(6, "c", {500}));
+  int before_the_end = 0;
+  while (queue.ready()) {
+    const TrainPlan plan = queue.next();
+    for (const TrainSlice& slice : plan.micro_batch.slices) EXPECT_NE(slice.request, 3u);
+    if (!queue.drained() && (plan.request == 5 || plan.kind == TrainPlan::Kind::micro_batch)) ++before_the_end;
   }
+  EXPECT_GE(before_the_end, 2) << "the others did not run while the request of a was under way";
   EXPECT_TRUE(queue.drained());
-  EXPECT_EQ(queue.size(), 2u);
+  EXPECT_EQ(queue.size(), 1u);
   queue.set_draining(false);
   run_all(queue);
   EXPECT_EQ(queue.size(), 0u);
+}
+
+TEST(TrainQueue, DrainingDoesNotHoldAnybodyBackUntilAVeryLongRequestEnds) {
+  TrainQueue queue(100);
+  queue.set_live("a", true);
+  queue.set_live("b", true);
+  queue.push(batch(1, "a", std::vector<std::int32_t>(1000, 60)));
+  queue.next();
+  queue.set_draining(true);
+  for (RequestId id = 2; id < 200; ++id) queue.push(batch(id, "b", {60, 60, 60}));
+  int longest_wait = 0, wait = 0, of_b = 0;
+  while (queue.ready() && queue.size() > 150) {
+    const bool b = queue.next().micro_batch.slices.front().request != 1;
+    wait = b ? 0 : wait + 1;
+    of_b += b;
+    longest_wait = std::max(longest_wait, wait);
+  }
+  EXPECT_GE(of_b, 140);
+  EXPECT_LE(longest_wait, 300);
+}
+
+TEST(TrainQueue, DrainingComesToAnEndAmongRequestsThatOverlap) {
+  TrainQueue queue(100);
+  queue.set_live("a", true);
+  queue.set_live("b", true);
+  RequestId id = 1;
+  const auto feed = [&] {
+    while (queue.size() < 6) {
+      const bool a = id % 2 == 1;
+      queue.push(batch(id++, a ? "a" : "b", std::vector<std::int32_t>(a ? 150 : 157, 60)));
+    }
+  };
+  feed();
+  queue.next();
+  queue.next();
+  queue.set_draining(true);
+  int micro_batches = 0;
+  for (; !queue.drained(); feed()) {
+    queue.next();
+    ASSERT_LT(++micro_batches, 3000);
+  }
 }
 
 TEST(TrainQueue, AReplayThatDoesNotFitIsAnErrorAndCanBeGivenUp) {
