@@ -58,6 +58,28 @@ def test_worker_killed_between_gradient_and_step(make_server, connect):
     assert curves[0] == curves[1]
 
 
+def test_a_loaded_checkpoint_may_be_deleted(make_server, connect):
+    server = make_server("loaded")
+    service = connect(server)
+    data = [random_datum(1, 20)]
+    client = service.create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    train_step(client, data)
+    path = client.save_state("early").result().path
+    train_step(client, data)
+    expected = [train_step(client, data) for _ in range(2)]
+    client.load_state_with_optimizer(path).result()
+    train_step(client, data)
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    train_step(resumed, data)
+    service.create_rest_client().delete_checkpoint_from_tinker_path(path).result()
+    assert not list((server.data_dir / "checkpoints").rglob("*.safetensors"))
+    server.kill_worker()
+    assert [train_step(client, data) for _ in range(2)] == expected
+    server.kill()
+    server.start()
+    assert [train_step(resumed, data) for _ in range(2)] == expected
+
+
 def test_samplers_survive_their_worker(make_server, connect):
     server = make_server("sampler")
     client = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
