@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import tokenizers
 import transformers
 
 import models
-from hosted_tinker import cli, embedded_model, hub, tokenizer_helper
+from hosted_tinker import cli, embedded_model, hub, installation, tokenizer_helper
 from hosted_tinker.errors import LauncherError
 
 TEXTS = ["Hello wörld — naïve 🙂", "  two  spaces\n\tand a tab", "東京 1234567890", "def f(x):\n    return x\n"]
@@ -121,6 +123,31 @@ def test_one_name_is_one_directory(tmp_path):
     assert cli.resolve_models([one + "/"], [("alias", one)]) == [(one, Path(one)), ("alias", Path(one))]
     with pytest.raises(LauncherError, match="two directories"):
         cli.resolve_models([], [("alias", one), ("alias", two)])
+
+
+def test_tokenizer_command_survives_spaces(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOSTED_TINKER_TORCH_LIB", str(tmp_path))
+    (tmp_path / "libtorch_cpu.so").touch()
+    python = tmp_path / "two words" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    environment = cli.server_environment()
+    models.write_tokenizer(tmp_path, 300)
+    command = json.loads(environment["HOSTED_TINKER_TOKENIZER_COMMAND"])
+    subprocess.run([*command, "export", str(tmp_path), str(tmp_path / "table")], env=environment, check=True)
+    assert len(read_table(tmp_path / "table")) == 300
+
+
+@pytest.mark.parametrize("command", ["python3 -m helper", "[]", '["python3", 1]', '{"a": 1}'])
+def test_server_refuses_another_form_of_tokenizer_command(tmp_path, command):
+    server = installation.bin_dir() / installation.SERVER
+    done = subprocess.run(
+        [server, "serve", "--base-model", f"m={tmp_path}", "--data-dir", tmp_path / "data", "--tokenizer-command", command],
+        capture_output=True, text=True, timeout=60,
+    )
+    assert done.returncode != 0 and "JSON array of strings" in done.stderr and command in done.stderr
 
 
 @pytest.fixture(scope="session")
