@@ -1,12 +1,16 @@
 // The engine's side of bench/train_step.py: loads a model once, then runs one training step for each line
-// "<mode> <length>,<length>,…" on standard input and answers "<seconds> <peak RSS MiB>". Modes: "packed" runs all lengths
-// as one micro-batch, "single" one after the other. The rival runs its own steps between ours, so both meet the same noise.
+// "<mode> <length>,<length>,…" on standard input and answers "<seconds> <processor seconds> <peak RSS MiB>". Modes:
+// "packed" runs all lengths as one micro-batch, "single" one after the other. The rival runs its own steps between
+// ours, so both meet the same noise. The "ready" line has the RSS in MiB with model and adapter loaded, the peak up to
+// then, and the plan's figures for a micro-batch of TOKENS: total and activations.
 
 #include <ATen/Parallel.h>
 #include <sys/resource.h>
 
 #include <chrono>
 #include <cstdlib>
+#include <ctime>
+#include <fstream>
 #include <iostream>
 #include <random>
 #include <sstream>
@@ -16,6 +20,7 @@
 #include "engine/runtime/adapter.h"
 #include "engine/runtime/base_model.h"
 #include "engine/training/trainer.h"
+#include "model_spec/memory_plan.h"
 
 namespace {
 
@@ -47,14 +52,31 @@ ht::engine::MicroBatchItem item_of(ht::engine::Adapter& adapter, const TrainBatc
   return item;
 }
 
+double peak_rss_mib() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) / 1024.0;
+}
+
+double rss_mib() {
+  std::ifstream stream("/proc/self/statm");
+  double total = 0, resident = 0;
+  stream >> total >> resident;
+  return resident * 4096 / (1 << 20);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::cerr << "usage: bench_train_step MODEL_DIR RANK THREADS\n";
+  if (argc != 6) {
+    std::cerr << "usage: bench_train_step MODEL_DIR RANK THREADS none|norms_mlp|block TOKENS\n";
     return 2;
   }
   ht::engine::EngineOptions options;
+  const std::string policy = argv[4];
+  options.recompute = policy == "block"       ? ht::engine::Recompute::block
+                      : policy == "norms_mlp" ? ht::engine::Recompute::norms_mlp
+                                              : ht::engine::Recompute::none;
   options.threads = std::atoi(argv[3]);
   at::set_num_threads(options.threads);
   auto model = ht::engine::BaseModel::load(argv[1], options);
@@ -62,7 +84,15 @@ int main(int argc, char** argv) {
   lora.rank = std::atoi(argv[2]);
   auto adapter = ht::engine::Adapter::create(model->spec(), lora);
   ht::engine::Trainer trainer(*model);
-  std::cout << "ready" << std::endl;
+  ht::model_spec::MemoryDemand demand;
+  demand.lora = lora;
+  demand.micro_batch_tokens = std::atoi(argv[5]);
+  demand.recompute = options.recompute;
+  demand.copy_16_bits = model->has_16_bit_copy();
+  const auto plan = ht::model_spec::plan_memory(model->spec(), demand);
+  constexpr double kMiB = 1 << 20;
+  std::cout << "ready " << rss_mib() << ' ' << peak_rss_mib() << ' ' << static_cast<double>(plan.total()) / kMiB << ' '
+            << static_cast<double>(plan.activations) / kMiB << std::endl;
 
   std::string line;
   while (std::getline(std::cin, line)) {
@@ -76,6 +106,7 @@ int main(int argc, char** argv) {
 
     adapter.grad.zero_();
     const auto start = std::chrono::steady_clock::now();
+    const std::clock_t processor_start = std::clock();
     if (mode == "packed") {
       const auto item = item_of(adapter, batch, 0, batch.num_datums());
       trainer.run({&item, 1}, true);
@@ -86,8 +117,7 @@ int main(int argc, char** argv) {
       }
     }
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    rusage usage{};
-    getrusage(RUSAGE_SELF, &usage);
-    std::cout << seconds.count() << ' ' << usage.ru_maxrss / 1024.0 << std::endl;
+    const double processor = static_cast<double>(std::clock() - processor_start) / CLOCKS_PER_SEC;
+    std::cout << seconds.count() << ' ' << processor << ' ' << peak_rss_mib() << std::endl;
   }
 }

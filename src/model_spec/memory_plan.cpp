@@ -4,24 +4,14 @@
 #include <array>
 #include <cstdio>
 
+#include "base/error.h"
+
 namespace ht::model_spec {
 namespace {
 
 constexpr std::uint64_t kFloat = 4;
 constexpr std::int64_t kHeadChunkRows = 256;  // logits in memory at once
-
-std::string size_text(std::uint64_t bytes) {
-  constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
-  double value = static_cast<double>(bytes);
-  std::size_t unit = 0;
-  while (value >= 1024.0 && unit + 1 < kUnits.size()) {
-    value /= 1024.0;
-    ++unit;
-  }
-  std::array<char, 32> text;
-  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, kUnits[unit]);
-  return text.data();
-}
+constexpr std::int64_t kDefaultCacheTokens = 32768;
 
 std::string line(const std::string& name, std::uint64_t bytes, const std::string& note) {
   std::array<char, 64> head;
@@ -79,31 +69,80 @@ std::uint64_t activation_floats(const ModelSpec& spec, const MemoryDemand& deman
   return tokens * per_token + chunk * static_cast<std::uint64_t>(spec.vocab_size);
 }
 
+std::uint64_t cache_bytes_per_token(const ModelSpec& spec) {
+  return 2 * static_cast<std::uint64_t>(spec.kv_size()) * static_cast<std::uint64_t>(spec.num_hidden_layers) * kFloat;
+}
+
+// Elements of the weights of all linears, the unembedding included (tied or not).
+std::uint64_t linear_elements(const ModelSpec& spec) {
+  std::uint64_t elements = 0;
+  for (const LoraSite& site : lora_sites(spec)) {
+    elements += static_cast<std::uint64_t>(site.in_features) * static_cast<std::uint64_t>(site.out_features);
+  }
+  return elements;
+}
+
 }  // namespace
+
+std::string size_text(std::uint64_t bytes) {
+  constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
+  double value = static_cast<double>(bytes);
+  std::size_t unit = 0;
+  while (value >= 1024.0 && unit + 1 < kUnits.size()) {
+    value /= 1024.0;
+    ++unit;
+  }
+  std::array<char, 32> text;
+  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, kUnits[unit]);
+  return text.data();
+}
 
 MemoryPlan plan_memory(const ModelSpec& spec, const MemoryDemand& demand) {
   MemoryPlan plan;
   plan.demand = demand;
   plan.base_weights = static_cast<std::uint64_t>(num_parameters(spec)) * kFloat;
+  if (demand.copy_16_bits) plan.base_copy = linear_elements(spec) * 2;
   LoraConfig stored = demand.lora;
   stored.rank = padded(demand.lora.rank);
   plan.adapters = static_cast<std::uint64_t>(num_lora_parameters(spec, stored)) * 4 * kFloat *
                   static_cast<std::uint64_t>(demand.num_adapters);
-  if (demand.micro_batch_tokens > 0) plan.activations = activation_floats(spec, demand) * kFloat;
-  plan.kv_cache = static_cast<std::uint64_t>(demand.cache_tokens) * 2 * static_cast<std::uint64_t>(spec.kv_size()) *
-                  static_cast<std::uint64_t>(spec.num_hidden_layers) * kFloat;
+  if (demand.micro_batch_tokens > 0) {
+    plan.activations = activation_floats(spec, demand) * kFloat + plan.adapters / 4;  // gradients of one micro-batch
+  }
+  plan.kv_cache = static_cast<std::uint64_t>(demand.cache_tokens) * cache_bytes_per_token(spec);
+  plan.sampler_versions = demand.version_bytes;
   return plan;
 }
 
+void divide_free_memory(const ModelSpec& spec, std::int64_t max_seq_len, std::uint64_t free_bytes,
+                        MemoryDemand& demand) {
+  const std::uint64_t token_bytes = cache_bytes_per_token(spec);
+  if (demand.cache_tokens == 0) {
+    const auto within = [&](std::uint64_t part) { return static_cast<std::int64_t>(free_bytes / part / token_bytes); };
+    // A whole context is worth half of the memory: a longer sequence could not be sampled at all.
+    demand.cache_tokens =
+        std::max({std::int64_t{1}, std::min(kDefaultCacheTokens, within(4)), std::min(max_seq_len, within(2))});
+  } else if (static_cast<std::uint64_t>(demand.cache_tokens) > free_bytes / token_bytes) {
+    throw user_error("a key/value cache of " + std::to_string(demand.cache_tokens) + " tokens takes " +
+                     size_text(static_cast<std::uint64_t>(demand.cache_tokens) * token_bytes) + ", free are " +
+                     size_text(free_bytes));
+  }
+  const std::uint64_t cache = static_cast<std::uint64_t>(demand.cache_tokens) * token_bytes;
+  demand.version_bytes = (free_bytes - std::min(free_bytes, cache)) / 8;
+}
+
 std::string MemoryPlan::to_text() const {
-  return line("base weights", base_weights, "float32") +
-         line("adapters", adapters,
-              std::to_string(demand.num_adapters) + " of rank " + std::to_string(demand.lora.rank) +
-                  ": weights, gradient, moments") +
-         line("activations", activations,
-              "micro-batch of " + std::to_string(demand.micro_batch_tokens) + " tokens, recompute " +
-                  std::string(name_of(demand.recompute))) +
-         line("KV cache", kv_cache, std::to_string(demand.cache_tokens) + " tokens") + line("total", total(), "");
+  std::string text = line("base weights", base_weights, "float32");
+  if (base_copy > 0) text += line("base copy", base_copy, "16 bits, for decoding");
+  text += line("adapters", adapters,
+               std::to_string(demand.num_adapters) + " of rank " + std::to_string(demand.lora.rank) +
+                   ": weights, gradient, moments");
+  text += line("activations", activations,
+               "micro-batch of " + std::to_string(demand.micro_batch_tokens) + " tokens, recompute " +
+                   std::string(name_of(demand.recompute)));
+  text += line("KV cache", kv_cache, std::to_string(demand.cache_tokens) + " tokens");
+  if (sampler_versions > 0) text += line("samplers", sampler_versions, "versions kept in memory, at most");
+  return text + line("total", total(), "");
 }
 
 }  // namespace ht::model_spec

@@ -2,6 +2,8 @@
 
 #include <gmock/gmock.h>
 
+#include "base/error.h"
+
 namespace ht::model_spec {
 namespace {
 
@@ -26,6 +28,33 @@ TEST(MemoryPlan, CategoriesAreCountedFromTheShapes) {
   EXPECT_EQ(plan.adapters, static_cast<std::uint64_t>(num_lora_parameters(smollm2(), {.rank = 32})) * 4 * 4 * 2);
   EXPECT_EQ(plan.kv_cache, 1000u * 30 * 2 * 192 * 4);
   EXPECT_EQ(plan.total(), plan.base_weights + plan.adapters + plan.activations + plan.kv_cache);
+}
+
+TEST(MemoryPlan, The16BitCopyIsOfTheLinears) {
+  const MemoryPlan plan = plan_memory(smollm2(), {.copy_16_bits = true});
+  // The tied unembedding is one of them; norms are not.
+  EXPECT_EQ(plan.base_copy, (134'515'008u - 61 * 576) * 2);
+  EXPECT_EQ(plan_memory(smollm2(), {}).base_copy, 0u);
+}
+
+TEST(MemoryPlan, FreeMemoryIsDividedBetweenCacheAndVersions) {
+  constexpr std::uint64_t kToken = 30 * 2 * 192 * 4;
+  const auto divided = [](std::int64_t max_seq_len, std::uint64_t free, MemoryDemand demand = {}) {
+    divide_free_memory(smollm2(), max_seq_len, free, demand);
+    return demand;
+  };
+  EXPECT_EQ(divided(2048, 1u << 31).cache_tokens, (std::int64_t{1} << 31) / 4 / static_cast<std::int64_t>(kToken));
+  EXPECT_EQ(divided(20000, 1u << 31).cache_tokens, 20000);
+  EXPECT_EQ(divided(30000, 1u << 31).cache_tokens, (std::int64_t{1} << 31) / 2 / static_cast<std::int64_t>(kToken));
+  EXPECT_EQ(divided(8192, std::uint64_t{1} << 40).cache_tokens, 32768);
+  EXPECT_EQ(divided(100000, std::uint64_t{1} << 40).cache_tokens, 100000);
+  EXPECT_EQ(divided(100000, 200001 * kToken).cache_tokens, 100000) << "a whole context, if half of the memory holds it";
+  EXPECT_EQ(divided(100000, 100000 * kToken).cache_tokens, 50000);
+  EXPECT_EQ(divided(8192, 0).cache_tokens, 1);
+  const MemoryDemand given = divided(8192, 1000 * kToken, {.cache_tokens = 600});
+  EXPECT_EQ(given.cache_tokens, 600);
+  EXPECT_EQ(given.version_bytes, 400 * kToken / 8);
+  EXPECT_THROW(divided(8192, 599 * kToken, {.cache_tokens = 600}), Error);
 }
 
 TEST(MemoryPlan, SmallRanksAreStoredAsEight) {

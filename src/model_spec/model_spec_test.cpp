@@ -228,7 +228,7 @@ TEST_F(ModelSpecTest, WeightNamesAndShapes) {
       read("Qwen3ForCausalLM", R"("hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2,
     "head_dim": 24, "intermediate_size": 200, "num_hidden_layers": 2, "vocab_size": 300, "attention_bias": true)");
   std::map<std::string, std::vector<std::int64_t>> shapes;
-  for (const BaseTensor& tensor : base_tensors(spec)) {
+  for (const BaseTensor& tensor : list_tensors(base_tensors(spec))) {
     EXPECT_TRUE(shapes.emplace(tensor.name, tensor.shape).second) << tensor.name;
   }
   EXPECT_EQ(shapes.size(), 2u * (2 + 2 + 4 + 4 + 3) + 3);
@@ -237,12 +237,12 @@ TEST_F(ModelSpecTest, WeightNamesAndShapes) {
   EXPECT_THAT(shapes.at("model.layers.0.self_attn.q_norm.weight"), ElementsAre(24));
   EXPECT_THAT(shapes.at("model.layers.0.mlp.down_proj.weight"), ElementsAre(96, 200));
   EXPECT_THAT(shapes.at("lm_head.weight"), ElementsAre(300, 96));
-  EXPECT_EQ(weight_name(spec, "model.unembed_tokens"), "lm_head.weight");
-  EXPECT_EQ(weight_name(spec, "model.layers.0.mlp.up_proj"), "model.layers.0.mlp.up_proj.weight");
+  EXPECT_EQ(base_tensors(spec).unembedding->name, "lm_head.weight");
+  EXPECT_EQ(base_tensors(spec).layers[0].up.weight.name, "model.layers.0.mlp.up_proj.weight");
 
   const ModelSpec tied = read("LlamaForCausalLM", R"("tie_word_embeddings": true)");
-  EXPECT_EQ(weight_name(tied, "model.unembed_tokens"), "model.embed_tokens.weight");
-  for (const BaseTensor& tensor : base_tensors(tied)) EXPECT_NE(tensor.name, "lm_head.weight");
+  EXPECT_FALSE(base_tensors(tied).unembedding);
+  for (const BaseTensor& tensor : list_tensors(base_tensors(tied))) EXPECT_NE(tensor.name, "lm_head.weight");
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // Names and shapes of a base model's tensors in a Hugging Face checkpoint.
 
 #include <cstdint>
+#include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "model_spec/model_spec.h"
@@ -16,12 +16,28 @@ struct BaseTensor {
   std::vector<std::int64_t> shape;
 };
 
-// Every tensor that the forward pass reads, in its order; linears are (out, in). A tied head is the input embedding and
-// has no entry of its own, whatever else the files hold.
-std::vector<BaseTensor> base_tensors(const ModelSpec& spec);
+struct LinearTensors {
+  BaseTensor weight;  // (out, in)
+  std::optional<BaseTensor> bias;
+};
 
-// The weight of a LoRA site's module: "<module>.weight"; the unembedding's is "lm_head.weight", or the input embedding
-// when it is tied.
-std::string weight_name(const ModelSpec& spec, std::string_view module);
+struct LayerTensors {
+  BaseTensor attention_norm, mlp_norm;
+  LinearTensors q, k, v, o, gate, up, down;
+  std::optional<BaseTensor> q_norm, k_norm;
+};
+
+// Every tensor that the forward pass reads.
+struct BaseTensors {
+  BaseTensor embedding;
+  std::vector<LayerTensors> layers;
+  BaseTensor final_norm;
+  std::optional<BaseTensor> unembedding;  // a tied head is the input embedding, whatever else the files hold
+};
+
+BaseTensors base_tensors(const ModelSpec& spec);
+
+// All of them, in the forward pass's order.
+std::vector<BaseTensor> list_tensors(const BaseTensors& tensors);
 
 }  // namespace ht::model_spec

@@ -8,8 +8,6 @@
 #include <limits>
 
 #include "base/error.h"
-#include "engine/sampling/step.h"
-#include "model_spec/lora_sites.h"
 
 namespace ht::worker {
 
@@ -19,8 +17,6 @@ namespace {
 
 constexpr const char* kKeys =
     "micro_batch_tokens, recompute, prefill_chunk_tokens, max_sampling_sequences, kv_cache_tokens, sampling_share";
-constexpr std::int64_t kDefaultCacheTokens = 32768;
-constexpr std::uint64_t kGiB = std::uint64_t{1} << 30;
 
 std::int64_t integer(const json::key_value_pair& pair, std::int64_t low, std::int64_t high) {
   boost::system::error_code error;
@@ -65,11 +61,6 @@ std::uint64_t read_number(const std::string& file, const std::string& name = "")
   return std::numeric_limits<std::uint64_t>::max();
 }
 
-std::string size_text(std::uint64_t bytes) {
-  return bytes >= kGiB ? fmt::format("{:.2f} GiB", static_cast<double>(bytes) / static_cast<double>(kGiB))
-                       : fmt::format("{:.1f} MiB", static_cast<double>(bytes) / (1 << 20));
-}
-
 }  // namespace
 
 BackendConfig parse_backend_config(const std::string& text) {
@@ -100,36 +91,16 @@ BackendConfig parse_backend_config(const std::string& text) {
   return config;
 }
 
-MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const BackendConfig& config, std::int32_t max_seq_len,
-                       std::uint64_t available_bytes) {
-  const auto block_bytes = static_cast<std::uint64_t>(engine::SamplingEngine::block_bytes(spec, kBlockSize));
-  std::int64_t tokens = config.kv_cache_tokens;
-  if (tokens == 0) {
-    // Room for one sequence of full length and for many short ones, but no more than a quarter of what is free.
-    tokens = std::max<std::int64_t>(kDefaultCacheTokens, max_seq_len);
-    const auto fitting = static_cast<std::int64_t>(available_bytes / 4 / block_bytes) * kBlockSize;
-    tokens = std::max<std::int64_t>(std::min(tokens, fitting), kBlockSize);
-  } else if (static_cast<std::uint64_t>(tokens) / kBlockSize * block_bytes > available_bytes) {
-    throw user_error(fmt::format("backend config: kv_cache_tokens {} takes {}, free are {}", tokens,
-                                 size_text(static_cast<std::uint64_t>(tokens) / kBlockSize * block_bytes),
-                                 size_text(available_bytes)));
-  }
-  MemoryPlan plan;
-  plan.cache_blocks = static_cast<std::int32_t>((tokens + kBlockSize - 1) / kBlockSize);
-  const std::uint64_t cache_bytes = static_cast<std::uint64_t>(plan.cache_blocks) * block_bytes;
-  const std::uint64_t left = available_bytes - std::min(available_bytes, cache_bytes);
-  plan.version_bytes = left / 8;
-  const auto parameters = static_cast<std::uint64_t>(model_spec::num_lora_parameters(spec, {.rank = 32}));
-  // Weights, gradient and two moments.
-  const std::uint64_t adapter_bytes = parameters * 4 * 4;
-  plan.text += fmt::format("base weights      {} (float32)\n",
-                           size_text(static_cast<std::uint64_t>(model_spec::num_parameters(spec)) * 4));
-  plan.text += fmt::format("key/value cache   {} ({} blocks of {} tokens)\n", size_text(cache_bytes),
-                           plan.cache_blocks, kBlockSize);
-  plan.text += fmt::format("sampler versions  up to {} in memory\n", size_text(plan.version_bytes));
-  plan.text += fmt::format("adapters          {} each at rank 32; {} are free for them and for activations",
-                           size_text(adapter_bytes), size_text(left - plan.version_bytes));
-  return plan;
+model_spec::MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const BackendConfig& config,
+                                   std::int32_t max_seq_len, bool copy_16_bits, std::uint64_t free_bytes) {
+  model_spec::MemoryDemand demand;
+  demand.micro_batch_tokens = config.micro_batch_tokens;
+  demand.recompute = config.recompute;
+  demand.copy_16_bits = copy_16_bits;
+  demand.cache_tokens = config.kv_cache_tokens;
+  model_spec::divide_free_memory(spec, max_seq_len, free_bytes, demand);
+  demand.cache_tokens = (demand.cache_tokens + kBlockSize - 1) / kBlockSize * kBlockSize;
+  return model_spec::plan_memory(spec, demand);
 }
 
 std::uint64_t available_memory() {
@@ -138,7 +109,7 @@ std::uint64_t available_memory() {
   const std::uint64_t limit = read_number("/sys/fs/cgroup/memory.max");
   const std::uint64_t used = read_number("/sys/fs/cgroup/memory.current");
   if (limit != std::numeric_limits<std::uint64_t>::max() && used <= limit) available = std::min(available, limit - used);
-  return available == std::numeric_limits<std::uint64_t>::max() ? 4 * kGiB : available;
+  return available == std::numeric_limits<std::uint64_t>::max() ? std::uint64_t{4} << 30 : available;
 }
 
 }  // namespace ht::worker

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "engine/runtime/base_model.h"
+#include "model_spec/memory_plan.h"
 #include "model_spec/model_spec.h"
 
 namespace ht::worker {
@@ -21,17 +22,12 @@ struct BackendConfig {
 // Reads a JSON object. Throws Error(user) for an unknown key (naming those allowed) or a value out of range.
 BackendConfig parse_backend_config(const std::string& json);
 
-// How the machine's memory is divided. Decided once, after the base model is loaded.
-struct MemoryPlan {
-  std::int32_t cache_blocks = 0;
-  std::uint64_t version_bytes = 0;  // of sampler versions kept in memory
-  std::string text;                 // one line a category
-};
-inline constexpr std::int32_t kBlockSize = 16;
+inline constexpr std::int32_t kBlockSize = 16;  // tokens of a block of the key/value cache
 
-// `available_bytes`: what the process may still take. Throws Error(user) when kv_cache_tokens does not fit.
-MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const BackendConfig& config, std::int32_t max_seq_len,
-                       std::uint64_t available_bytes);
+// How memory is divided, given what the process may take beyond the base model. Throws Error(user) when kv_cache_tokens
+// does not fit.
+model_spec::MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const BackendConfig& config,
+                                   std::int32_t max_seq_len, bool copy_16_bits, std::uint64_t free_bytes);
 
 // Free memory by /proc/meminfo and the cgroup's limit.
 std::uint64_t available_memory();

@@ -171,20 +171,23 @@ wp::WorkerInfo Worker::initialize(wp::RequestId id, const wp::Initialize& reques
   }
   wp::WorkerInfo info;
   info.max_seq_len = request.max_seq_len > 0 ? request.max_seq_len : spec.max_position_embeddings;
-  const MemoryPlan plan = plan_memory(spec, config, info.max_seq_len, available_memory());
-  info.memory_plan = plan.text;
+  const model_spec::MemoryPlan plan =
+      plan_memory(spec, config, info.max_seq_len, model->has_16_bit_copy(), available_memory());
+  info.memory_plan = plan.to_text();
+  info.memory_plan.pop_back();  // the last line's end
   info.device = "cpu, " + std::to_string(options.threads) + " threads";
   info.multi_adapter_batch = true;
   info.incremental_sampling = true;
 
   std::string name = std::filesystem::path(request.model_dir).lexically_normal().string();
   while (name.size() > 1 && name.back() == '/') name.pop_back();
-  auto versions = std::make_unique<Versions>(spec, name, plan.version_bytes);
+  auto versions = std::make_unique<Versions>(spec, name, plan.demand.version_bytes);
   auto trainer = std::make_unique<TrainExecutor>(*model, *versions,
                                                  TrainOptions{config.micro_batch_tokens, info.max_seq_len, name},
                                                  [this](const wp::Reply& reply) { training_.send(reply); });
   SampleOptions sampling;
-  sampling.limits = {plan.cache_blocks, kBlockSize, config.max_sampling_sequences, config.prefill_chunk_tokens};
+  sampling.limits = {static_cast<std::int32_t>(plan.demand.cache_tokens / kBlockSize), kBlockSize,
+                     config.max_sampling_sequences, config.prefill_chunk_tokens};
   sampling.max_seq_len = info.max_seq_len;
   auto sampler = std::make_unique<SampleExecutor>(*model, *versions, sampling,
                                                   [this](const wp::Reply& reply) { sampling_.send(reply); });

@@ -1,6 +1,7 @@
 #include "engine/device/cpu.h"
 
 #include <ATen/Parallel.h>
+#include <malloc.h>
 
 #include <algorithm>
 #include <string>
@@ -10,7 +11,20 @@
 
 namespace ht::engine {
 
+namespace {
+
+// Every step allocates and frees the same large tensors. By default glibc maps and unmaps each of them, and the kernel
+// clears their pages every time; so memory is kept for the next step instead, in one arena for all threads.
+void keep_freed_memory() {
+  mallopt(M_ARENA_MAX, 1);
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest that glibc takes
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+}
+
+}  // namespace
+
 void initialize_cpu(int threads) {
+  keep_freed_memory();
   __builtin_cpu_init();
   std::string missing;
   if (!__builtin_cpu_supports("avx2")) missing += " AVX2";

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <numeric>
 
 #include "base/error.h"
 
@@ -36,7 +35,8 @@ WeightSource::WeightSource(const std::filesystem::path& dir, std::int64_t total_
       total_elements_(total_elements),
       progress_(std::move(progress)) {}
 
-void WeightSource::read(const std::string& name, const std::vector<std::int64_t>& shape, float* out) {
+void WeightSource::read_into(const model_spec::BaseTensor& tensor, float* out) {
+  const auto& [name, shape] = tensor;
   const safetensors::TensorView& view = checkpoint_.at(name);
   if (view.shape != shape) {
     throw user_error("tensor " + name + " in " + dir_ + " has the shape " + shape_text(view.shape) +
@@ -59,23 +59,14 @@ void WeightSource::read(const std::string& name, const std::vector<std::int64_t>
   }
 }
 
-at::Tensor WeightSource::vector(const std::vector<std::string>& names, const std::vector<std::int64_t>& sizes) {
-  at::Tensor result = at::empty({std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0})}, at::kFloat);
+at::Tensor WeightSource::read(const std::vector<model_spec::BaseTensor>& tensors) {
+  std::vector<std::int64_t> shape = tensors.front().shape;
+  for (std::size_t i = 1; i < tensors.size(); ++i) shape[0] += tensors[i].shape[0];
+  at::Tensor result = at::empty(shape, at::kFloat);
   float* out = result.data_ptr<float>();
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    read(names[i], {sizes[i]}, out);
-    out += sizes[i];
-  }
-  return result;
-}
-
-at::Tensor WeightSource::matrix(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
-                                std::int64_t columns) {
-  at::Tensor result = at::empty({std::accumulate(rows.begin(), rows.end(), std::int64_t{0}), columns}, at::kFloat);
-  float* out = result.data_ptr<float>();
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    read(names[i], {rows[i], columns}, out);
-    out += rows[i] * columns;
+  for (const model_spec::BaseTensor& tensor : tensors) {
+    read_into(tensor, out);
+    out += tensor.shape[0] * (tensor.shape.size() > 1 ? tensor.shape[1] : 1);
   }
   return result;
 }

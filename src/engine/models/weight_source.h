@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "model_spec/weight_names.h"
 #include "safetensors/safetensors.h"
 
 namespace ht::engine {
@@ -21,15 +22,12 @@ class WeightSource {
   // `total_elements` of all weights that will be read, for the progress fraction.
   WeightSource(const std::filesystem::path& dir, std::int64_t total_elements, Progress progress);
 
-  bool contains(const std::string& name) const { return checkpoint_.contains(name); }
-  // A 1-D tensor of `size`, or the concatenation of several. Throws Error(user) naming a missing or misshapen tensor.
-  at::Tensor vector(const std::vector<std::string>& names, const std::vector<std::int64_t>& sizes);
-  // 2-D tensors (rows[i], columns) stacked into one (sum of rows, columns).
-  at::Tensor matrix(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows,
-                    std::int64_t columns);
+  // A vector or matrix, or several stacked along their first dimension. Throws Error(user) naming a missing or
+  // misshapen tensor.
+  at::Tensor read(const std::vector<model_spec::BaseTensor>& tensors);
 
  private:
-  void read(const std::string& name, const std::vector<std::int64_t>& shape, float* out);
+  void read_into(const model_spec::BaseTensor& tensor, float* out);
 
   std::string dir_;
   safetensors::Checkpoint checkpoint_;

@@ -20,5 +20,6 @@ std::unique_ptr<BaseModel> BaseModel::load(
 
 const model_spec::ModelSpec& BaseModel::spec() const { return impl_->model.spec; }
 const EngineOptions& BaseModel::options() const { return impl_->options; }
+bool BaseModel::has_16_bit_copy() const { return impl_->model.head.unembedding.packed.defined(); }
 
 }  // namespace ht::engine

@@ -26,6 +26,8 @@ class BaseModel {
 
   const model_spec::ModelSpec& spec() const;
   const EngineOptions& options() const;
+  // The linears also lie in memory in the checkpoint's 16 bits, for products with few rows.
+  bool has_16_bit_copy() const;
 
   // The blocks and the head; models/ and layers/ define them.
   struct Impl;  // runtime/base_model_impl.h
