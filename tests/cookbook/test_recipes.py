@@ -104,10 +104,13 @@ def test_sl_loop_and_its_resumption(server, hub, tmp_path, reference):
 
 
 def test_sl_basic(server, hub, tmp_path, reference):
-    calls, metrics = run_recipe(server, hub, tmp_path, "sl_basic",
-                                "dataset_builder.common_config.batch_size=4",
-                                "dataset_builder.common_config.max_length=256", "max_steps=3", "eval_every=2",
-                                "learning_rate=2e-3")
+    # The recipe gives its data set as a value, which has no parts to override: the same one is named by its class.
+    data = "dataset_builder"
+    calls, metrics = run_recipe(
+        server, hub, tmp_path, "sl_basic", f"{data}=tinker_cookbook.recipes.chat_sl.chat_datasets:NoRobotsBuilder",
+        f"{data}.common_config.model_name_for_tokenizer={MODEL_NAME}", f"{data}.common_config.renderer_name=role_colon",
+        f"{data}.common_config.train_on_what=ALL_ASSISTANT_MESSAGES", f"{data}.common_config.batch_size=4",
+        f"{data}.common_config.max_length=256", "max_steps=3", "eval_every=2", "learning_rate=2e-3")
     nll = values_of(metrics, "train_mean_nll")
     assert nll[0] == pytest.approx(reference_nll(reference, calls[0]["datums"]), abs=1e-4)
     assert nll[-1] < nll[0]
