@@ -10,32 +10,10 @@
 
 namespace ht::kernels {
 
-template <class V, HtWeightType kType>
-struct Weights;
-template <class V>
-struct Weights<V, HT_WEIGHT_F32> {
-  using Element = float;
-  static typename V::Vec load(const float* p) { return V::load(p); }
-  static typename V::Vec load(const float* p, int count) { return V::load(p, count); }
-};
-template <class V>
-struct Weights<V, HT_WEIGHT_BF16> {
-  using Element = uint16_t;
-  static typename V::Vec load(const uint16_t* p) { return V::load_bf16(p); }
-  static typename V::Vec load(const uint16_t* p, int count) { return V::load_bf16(p, count); }
-};
-template <class V>
-struct Weights<V, HT_WEIGHT_F16> {
-  using Element = uint16_t;
-  static typename V::Vec load(const uint16_t* p) { return V::load_f16(p); }
-  static typename V::Vec load(const uint16_t* p, int count) { return V::load_f16(p, count); }
-};
-
-template <class V, HtWeightType kType, int kM, int kN>
+template <class V, int kM, int kN>
 void skinny_tile(const HtSkinnyGemm& g, int64_t m_begin, int64_t n_begin) {
-  using W = Weights<V, kType>;
   const float* x = g.x + m_begin * g.ldx;
-  const auto* w = static_cast<const typename W::Element*>(g.w) + n_begin * g.k;
+  const float* w = g.w + n_begin * g.k;
   typename V::Vec sums[kM][kN];
   for (int i = 0; i < kM; ++i) {
     for (int j = 0; j < kN; ++j) sums[i][j] = V::zero();
@@ -45,7 +23,7 @@ void skinny_tile(const HtSkinnyGemm& g, int64_t m_begin, int64_t n_begin) {
     typename V::Vec xs[kM];
     for (int i = 0; i < kM; ++i) xs[i] = V::load(x + i * g.ldx + k);
     for (int j = 0; j < kN; ++j) {
-      const typename V::Vec ws = W::load(w + j * g.k + k);
+      const typename V::Vec ws = V::load(w + j * g.k + k);
       for (int i = 0; i < kM; ++i) sums[i][j] = V::fma(xs[i], ws, sums[i][j]);
     }
   }
@@ -54,7 +32,7 @@ void skinny_tile(const HtSkinnyGemm& g, int64_t m_begin, int64_t n_begin) {
     typename V::Vec xs[kM];
     for (int i = 0; i < kM; ++i) xs[i] = V::load(x + i * g.ldx + k, rest);
     for (int j = 0; j < kN; ++j) {
-      const typename V::Vec ws = W::load(w + j * g.k + k, rest);
+      const typename V::Vec ws = V::load(w + j * g.k + k, rest);
       for (int i = 0; i < kM; ++i) sums[i][j] = V::fma(xs[i], ws, sums[i][j]);
     }
   }
@@ -69,43 +47,34 @@ void skinny_tile(const HtSkinnyGemm& g, int64_t m_begin, int64_t n_begin) {
   }
 }
 
-template <class V, HtWeightType kType, int kN>
+template <class V, int kN>
 void skinny_columns(const HtSkinnyGemm& g, int64_t n_begin) {
   const int64_t tiles = (g.m + V::kTileRows - 1) / V::kTileRows;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m_begin = tile * g.m / tiles;
     switch ((tile + 1) * g.m / tiles - m_begin) {
-      case 1: skinny_tile<V, kType, 1, kN>(g, m_begin, n_begin); break;
-      case 2: skinny_tile<V, kType, 2, kN>(g, m_begin, n_begin); break;
-      case 3: skinny_tile<V, kType, 3, kN>(g, m_begin, n_begin); break;
-      case 4: skinny_tile<V, kType, 4, kN>(g, m_begin, n_begin); break;
+      case 1: skinny_tile<V, 1, kN>(g, m_begin, n_begin); break;
+      case 2: skinny_tile<V, 2, kN>(g, m_begin, n_begin); break;
+      case 3: skinny_tile<V, 3, kN>(g, m_begin, n_begin); break;
+      case 4: skinny_tile<V, 4, kN>(g, m_begin, n_begin); break;
       case 5:
-        if constexpr (V::kTileRows >= 5) skinny_tile<V, kType, 5, kN>(g, m_begin, n_begin);
+        if constexpr (V::kTileRows >= 5) skinny_tile<V, 5, kN>(g, m_begin, n_begin);
         break;
       default:
-        if constexpr (V::kTileRows >= 6) skinny_tile<V, kType, 6, kN>(g, m_begin, n_begin);
+        if constexpr (V::kTileRows >= 6) skinny_tile<V, 6, kN>(g, m_begin, n_begin);
     }
   }
 }
 
-template <class V, HtWeightType kType>
-void skinny_gemm_of(const HtSkinnyGemm& g, int64_t n_begin, int64_t n_end) {
+template <class V>
+void skinny_gemm(const HtSkinnyGemm& g, int64_t n_begin, int64_t n_end) {
   int64_t n = n_begin;
   if (g.m == 1) {
     // One row of x: eight independent chains hide the latency of the fma.
-    for (; n + 8 <= n_end; n += 8) skinny_tile<V, kType, 1, 8>(g, 0, n);
+    for (; n + 8 <= n_end; n += 8) skinny_tile<V, 1, 8>(g, 0, n);
   }
-  for (; n + V::kTileVectors <= n_end; n += V::kTileVectors) skinny_columns<V, kType, V::kTileVectors>(g, n);
-  for (; n < n_end; ++n) skinny_columns<V, kType, 1>(g, n);
-}
-
-template <class V>
-void skinny_gemm(const HtSkinnyGemm& g, int64_t n_begin, int64_t n_end) {
-  switch (g.w_type) {
-    case HT_WEIGHT_F32: skinny_gemm_of<V, HT_WEIGHT_F32>(g, n_begin, n_end); break;
-    case HT_WEIGHT_BF16: skinny_gemm_of<V, HT_WEIGHT_BF16>(g, n_begin, n_end); break;
-    case HT_WEIGHT_F16: skinny_gemm_of<V, HT_WEIGHT_F16>(g, n_begin, n_end); break;
-  }
+  for (; n + V::kTileVectors <= n_end; n += V::kTileVectors) skinny_columns<V, V::kTileVectors>(g, n);
+  for (; n < n_end; ++n) skinny_columns<V, 1>(g, n);
 }
 
 }  // namespace ht::kernels

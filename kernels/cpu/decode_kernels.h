@@ -14,16 +14,12 @@ extern "C" {
 
 enum { HT_SKINNY_MAX_M = 32 };
 
-typedef enum { HT_WEIGHT_F32 = 0, HT_WEIGHT_BF16 = 1, HT_WEIGHT_F16 = 2 } HtWeightType;
-
-// y = alpha · x Wᵀ + bias + residual: x [m][ldx], W [n][k] contiguous (16-bit weights are widened in registers, which is
-// exact), y [m][ldy], m <= HT_SKINNY_MAX_M. Sums are float32. bias [n] and residual [m][ld_residual] may be NULL;
-// residual == y accumulates in place.
+// y = alpha · x Wᵀ + bias + residual: x [m][ldx], W [n][k] contiguous, y [m][ldy], m <= HT_SKINNY_MAX_M. bias [n] and
+// residual [m][ld_residual] may be NULL; residual == y accumulates in place.
 typedef struct {
   const float* x;
   int64_t ldx;
-  const void* w;
-  HtWeightType w_type;
+  const float* w;
   const float* bias;
   const float* residual;
   int64_t ld_residual;
@@ -40,12 +36,13 @@ void ht_skinny_gemm(const HtSkinnyGemm* gemm, int64_t n_begin, int64_t n_end);
 // A weight (n, k) in panels of HT_PANEL_COLUMNS columns of y, ht_panel_elements(n, k) elements; what lies beyond n or k is
 // zero. float32 and float16: [panel][k][column]; bfloat16: [panel][k / 2][column][k % 2].
 enum { HT_PANEL_COLUMNS = 32 };
+typedef enum { HT_WEIGHT_F32 = 0, HT_WEIGHT_BF16 = 1, HT_WEIGHT_F16 = 2 } HtWeightType;
 int64_t ht_panel_elements(int64_t n, int64_t k);
 // Packs panels [panel_begin, panel_end) of w [n][k] float32. Returns 0 if a value is not exactly one of `type`, else 1.
 int ht_pack_panels(const float* w, int64_t n, int64_t k, HtWeightType type, void* out, int64_t panel_begin,
                    int64_t panel_end);
 
-// HtSkinnyGemm with W in panels and any m.
+// HtSkinnyGemm with W in panels and any m; 16-bit weights are widened in registers, sums are float32.
 typedef struct {
   const float* x;
   int64_t ldx;

@@ -4,7 +4,6 @@
 
 #include <immintrin.h>
 #include <stdint.h>
-#include <string.h>
 
 namespace ht::kernels {
 
@@ -19,7 +18,6 @@ struct Avx2 {
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float x) { return _mm256_set1_ps(x); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
-  static Vec load_bf16(const uint16_t* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static Vec load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   // 8 pairs (low, high).
   static void load_bf16_pairs(const uint16_t* p, Vec& low, Vec& high) {
@@ -28,8 +26,6 @@ struct Avx2 {
     high = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static Vec load(const float* p, int count) { return _mm256_maskload_ps(p, mask(count)); }
-  static Vec load_bf16(const uint16_t* p, int count) { return widen_bf16(load_u16(p, count)); }
-  static Vec load_f16(const uint16_t* p, int count) { return _mm256_cvtph_ps(load_u16(p, count)); }
   static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   static void store(float* p, int count, Vec v) { _mm256_maskstore_ps(p, mask(count), v); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -43,12 +39,6 @@ struct Avx2 {
   static __m256i mask(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  static __m128i load_u16(const uint16_t* p, int count) {
-    uint16_t lanes[8] = {};
-    memcpy(lanes, p, static_cast<size_t>(count) * sizeof(uint16_t));
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes));
-  }
-  static Vec widen_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
 };
 
 }  // namespace ht::kernels

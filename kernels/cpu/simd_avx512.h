@@ -17,9 +17,6 @@ struct Avx512 {
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float x) { return _mm512_set1_ps(x); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
-  static Vec load_bf16(const uint16_t* p) {
-    return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
   static Vec load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -30,8 +27,6 @@ struct Avx512 {
     high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static Vec load(const float* p, int count) { return _mm512_maskz_loadu_ps(mask(count), p); }
-  static Vec load_bf16(const uint16_t* p, int count) { return widen_bf16(_mm256_maskz_loadu_epi16(mask(count), p)); }
-  static Vec load_f16(const uint16_t* p, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(count), p)); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, int count, Vec v) { _mm512_mask_storeu_ps(p, mask(count), v); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -44,7 +39,6 @@ struct Avx512 {
 
  private:
   static __mmask16 mask(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
-  static Vec widen_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 };
 
 }  // namespace ht::kernels

@@ -26,8 +26,7 @@ void skinny_gemm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor
   gemm.n = weight.size(0);
   gemm.x = x.data_ptr<float>();
   gemm.ldx = x.stride(0);
-  gemm.w = weight.const_data_ptr();
-  gemm.w_type = HT_WEIGHT_F32;
+  gemm.w = weight.const_data_ptr<float>();
   gemm.bias = bias.defined() ? bias.data_ptr<float>() : nullptr;
   if (residual.defined()) {
     gemm.residual = residual.data_ptr<float>();

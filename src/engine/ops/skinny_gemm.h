@@ -9,9 +9,8 @@ namespace ht::engine {
 // True when x (M, K) has few enough rows and the layout that skinny_gemm takes (rows contiguous inside, float32).
 bool is_skinny(const at::Tensor& x);
 
-// out = alpha · x Wᵀ + bias + residual: x (M, K), weight (N, K) contiguous, float32, bfloat16 or
-// float16; bias (N) or undefined, residual (M, N) or
-// undefined, which may be `out`; out (M, N), rows may be strided. Each row's bits do not depend on the other rows.
+// out = alpha · x Wᵀ + bias + residual: x (M, K), weight (N, K) contiguous, float32; bias (N) or undefined, residual
+// (M, N) or undefined, which may be `out`; out (M, N), rows may be strided. Each row's bits do not depend on the other rows.
 void skinny_gemm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& residual,
                  float alpha, const at::Tensor& out);
 
