@@ -74,7 +74,7 @@ void SampleExecutor::check(const wp::Sample& request) const {
                      " elements, expected " + std::to_string((length - 1) * request.target_width));
   }
   check_ids(request.prompt_targets, -1, vocab, "prompt target token");
-  if (!request.params.stop_strings.empty() && !token_table_) {
+  if (!request.params.stop_strings.empty() && token_table_.value() == nullptr) {
     throw user_error("stop strings need the model's tokenizer, which this server does not have: give stop token ids");
   }
 }
@@ -88,6 +88,10 @@ void SampleExecutor::push(wp::Request request) {
   }
   auto* sample = std::get_if<wp::Sample>(&request.body);
   if (sample == nullptr) return;
+  if (!sample->params.stop_strings.empty() && !token_table_) {
+    without_table_.push_back(std::move(request));
+    return;
+  }
   try {
     start(request.id, std::move(*sample));
   } catch (const std::exception& error) {
@@ -96,12 +100,17 @@ void SampleExecutor::push(wp::Request request) {
   }
 }
 
+void SampleExecutor::set_token_table(std::shared_ptr<const TokenTable> table) {
+  token_table_ = std::move(table);
+  for (wp::Request& request : std::exchange(without_table_, {})) push(std::move(request));
+}
+
 void SampleExecutor::start(RequestId id, wp::Sample request) {
   check(request);
   Active& active = active_[id];
   if (!request.version.empty()) active.weights = versions_.get(request.version, request.version_dir);
   active.request = std::move(request);
-  active.token_table = token_table_;
+  active.token_table = token_table_.value_or(nullptr);
   const wp::Sample& sample = active.request;
   const std::int32_t length = active.prompt_size(), last_row = length - 1;
   active.max_tokens = std::min(sample.params.max_tokens, std::max(1, options_.max_seq_len - length));
@@ -138,7 +147,8 @@ void SampleExecutor::start(RequestId id, wp::Sample request) {
 }
 
 bool SampleExecutor::cancel(RequestId id) {
-  if (!active_.contains(id)) return false;
+  const auto waits = [id](const wp::Request& request) { return request.id == id; };
+  if (std::erase_if(without_table_, waits) == 0 && !active_.contains(id)) return false;
   fail(id, {ErrorCategory::user, "the request was cancelled"});
   return true;
 }

@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,8 @@ class SampleExecutor {
   void push(worker_protocol::Request request);
   // Fails the request as cancelled. False: it is not here.
   bool cancel(worker_protocol::RequestId id);
-  void set_token_table(std::shared_ptr<const TokenTable> table) { token_table_ = std::move(table); }
+  // Null: there is none. Samples with stop strings wait for this call.
+  void set_token_table(std::shared_ptr<const TokenTable> table);
 
   bool ready() const { return queue_.ready(); }
   // One decode step with prefill chunks.
@@ -71,7 +73,8 @@ class SampleExecutor {
   const Send send_;
   engine::SamplingEngine engine_;
   scheduler::SampleQueue queue_;
-  std::shared_ptr<const TokenTable> token_table_;
+  std::optional<std::shared_ptr<const TokenTable>> token_table_;  // not known yet, none, or the table
+  std::vector<worker_protocol::Request> without_table_;           // samples that wait for it
   std::map<worker_protocol::RequestId, Active> active_;
   std::uint64_t steps_ = 0;
 };

@@ -133,8 +133,7 @@ void Worker::handle_control(wp::Request request) {
       return;
     }
     if (const auto* table = std::get_if<wp::SetTokenTable>(&request.body)) {
-      token_table_ = std::make_shared<const TokenTable>(TokenTable::read(table->path));
-      if (sampler_) sampler_->set_token_table(token_table_);
+      set_token_table(table->path);
     } else if (!model_) {
       throw server_error("the worker has no model yet: Initialize comes first");
     } else if (std::holds_alternative<wp::Snapshot>(request.body)) {
@@ -148,6 +147,21 @@ void Worker::handle_control(wp::Request request) {
   } catch (const std::exception& error) {
     control_.send({request.id, failure_of(error)});
   }
+}
+
+// A table that cannot be read is none: nobody shall wait for it.
+void Worker::set_token_table(const std::string& path) {
+  token_table_ = nullptr;
+  const auto tell_sampler = [this] {
+    if (sampler_) sampler_->set_token_table(*token_table_);
+  };
+  try {
+    if (!path.empty()) token_table_ = std::make_shared<const TokenTable>(TokenTable::read(path));
+  } catch (...) {
+    tell_sampler();
+    throw;
+  }
+  tell_sampler();
 }
 
 wp::WorkerInfo Worker::initialize(wp::RequestId id, const wp::Initialize& request) {
@@ -191,7 +205,7 @@ wp::WorkerInfo Worker::initialize(wp::RequestId id, const wp::Initialize& reques
   sampling.max_seq_len = info.max_seq_len;
   auto sampler = std::make_unique<SampleExecutor>(*model, *versions, sampling,
                                                   [this](const wp::Reply& reply) { sampling_.send(reply); });
-  sampler->set_token_table(token_table_);
+  if (token_table_) sampler->set_token_table(*token_table_);
   turns_.emplace(config.sampling_share);
   model_ = std::move(model);
   versions_ = std::move(versions);

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <string>
 
 #include "engine/runtime/base_model.h"
 #include "scheduler/turns.h"
@@ -39,6 +40,7 @@ class Worker {
   void receive(bool wait);
   void receive_samples(Mailbox::Mail mail);
   void handle_control(worker_protocol::Request request);
+  void set_token_table(const std::string& path);
   worker_protocol::WorkerInfo initialize(worker_protocol::RequestId id, const worker_protocol::Initialize& request);
   void snapshot_if_drained();
   void train_slice();
@@ -53,7 +55,7 @@ class Worker {
   std::unique_ptr<Versions> versions_;
   std::unique_ptr<TrainExecutor> trainer_;
   std::unique_ptr<SampleExecutor> sampler_;
-  std::shared_ptr<const TokenTable> token_table_;
+  std::optional<std::shared_ptr<const TokenTable>> token_table_;  // not told yet, none, or the table
   std::optional<scheduler::Turns> turns_;
   Mailbox::Mail early_;  // training and sampling requests that came before the model was loaded
   std::deque<worker_protocol::RequestId> early_cancels_;

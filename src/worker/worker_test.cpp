@@ -313,7 +313,11 @@ TEST_F(WorkerTest, StopsOnTokensAndOnStringsAcrossTokens) {
   const auto text = [](std::int32_t token) { return "<" + std::to_string(token) + ">"; };
   const std::string all = text(free[5]) + text(free[6]);
   request.params.stop_strings = {all.substr(1, all.size() - 2)};
-  EXPECT_EQ(worker.failure(worker.send(request)).category, ErrorCategory::user);  // no tokenizer yet
+  const RequestId waiting = worker.send(request);
+  EXPECT_FALSE(worker.wait(waiting, 0.2));
+  worker.done<wp::Ack>(worker.send(wp::SetTokenTable{}));  // there is none
+  EXPECT_EQ(worker.failure(waiting).category, ErrorCategory::user);
+  EXPECT_EQ(worker.failure(worker.send(request)).category, ErrorCategory::user);
 
   const auto table = scratch.path() / "tokens";
   std::ofstream stream(table, std::ios::binary);

@@ -214,7 +214,10 @@ class Application {
   }
 
   void export_tokenizers() {
-    if (options_.tokenizer_command.empty()) return;
+    if (options_.tokenizer_command.empty()) {
+      for (const tinker_api::ServedModel& model : catalogue_.models()) dispatch_.set_token_table(model.base_dir, {});
+      return;
+    }
     std::filesystem::create_directories(data_.tokenizers());
     for (const tinker_api::ServedModel& model : catalogue_.models()) {
       const auto out = data_.tokenizers() / (group_name(model.base_dir) + ".bin");
@@ -223,6 +226,7 @@ class Application {
                          if (stopping_) return;
                          if (error.empty()) return dispatch_.set_token_table(base_dir, out.string());
                          spdlog::warn("{}: stop strings will be refused: {}", base_dir, error);
+                         dispatch_.set_token_table(base_dir, {});
                        });
     }
   }
