@@ -1,7 +1,7 @@
 #pragma once
 
-// Typed fields of a JSON object from a client, as lax as the SDK's server: null is absent, 3.0 is an integer, integers
-// are numbers. All throw Error(user) naming the field, its value and what is wanted.
+// Typed fields of a JSON object from a client, as lax as the SDK's server: null is absent (but for number()), 3.0 is an
+// integer, integers are numbers. All throw Error(user) naming the field, its value and what is wanted.
 
 #include <boost/json.hpp>
 
@@ -31,7 +31,8 @@ class Fields {
   std::optional<std::int64_t> optional_integer(std::string_view key) const;
   // Within [low, high], `absent` when it is not there.
   std::int64_t bounded(std::string_view key, std::int64_t absent, std::int64_t low, std::int64_t high) const;
-  double number(std::string_view key, double absent) const;  // finite
+  // Finite; null is an error here: it stands for NaN or infinity.
+  double number(std::string_view key, double absent) const;
   bool boolean(std::string_view key, bool absent) const;
   // An object; an empty one when absent.
   Fields object(std::string_view key) const;
