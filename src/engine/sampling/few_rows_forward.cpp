@@ -20,6 +20,12 @@ using Segment = FewRowsForward::Segment;
 // Tasks a thread gets of a GEMM, about: enough that threads end together though others use the cores too.
 constexpr std::int64_t kTasksPerThread = 8;
 
+// A phase with fewer multiply-adds on average is not worth a second thread: meeting costs about as much. Below four rows
+// the time is that of reading the weights.
+constexpr std::int64_t kParallelWork = 300'000;
+constexpr std::int64_t kReadingRows = 4;
+constexpr std::int64_t kPhasesOfBlock = 8;
+
 // Work on `panels` panels in tasks of `group`.
 struct Split {
   std::int64_t panels = 0, group = 1;
@@ -211,7 +217,14 @@ FewRowsForward::FewRowsForward(const DenseDecoder& model)
       k_(make_buffer(model.spec.kv_size())),
       attended_(make_buffer(model.spec.q_size())),
       gate_up_(make_buffer(2 * std::int64_t{model.spec.intermediate_size})),
-      act_(make_buffer(model.spec.intermediate_size)) {}
+      act_(make_buffer(model.spec.intermediate_size)) {
+  weights_ = model.head.unembedding.weight.numel();
+  for (const DecoderBlock& block : model.blocks) {
+    for (const BaseLinear* linear : {&block.attention.qkv, &block.attention.o, &block.mlp.gate_up, &block.mlp.down}) {
+      weights_ += linear->weight.numel();
+    }
+  }
+}
 
 void FewRowsForward::run(const PackedSequences& batch, std::span<const Segment> segments, PagedAttention& attention,
                          std::span<const std::int64_t> wanted, float* logits) {
@@ -246,7 +259,9 @@ void FewRowsForward::run(const PackedSequences& batch, std::span<const Segment> 
     return segment.adapter != nullptr && segment.adapter->unembed.a.defined() ? &segment.adapter->unembed : nullptr;
   };
   const std::int64_t vocab = model_.spec.vocab_size;
-  const int wanted_threads = at::get_num_threads();
+  const std::int64_t work = std::max(rows, kReadingRows) * weights_;
+  const std::int64_t phases = kPhasesOfBlock * static_cast<std::int64_t>(model_.blocks.size()) + 2;
+  const int wanted_threads = work < kParallelWork * phases ? 1 : at::get_num_threads();
   std::optional<ThreadTeam> team;
 #pragma omp parallel num_threads(wanted_threads)
   {

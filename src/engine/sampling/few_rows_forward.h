@@ -45,6 +45,7 @@ class FewRowsForward {
   static Buffer make_buffer(std::int64_t columns);
 
   const DenseDecoder& model_;
+  std::int64_t weights_ = 0;  // elements of all linears
   Buffer hidden_, normed_, qkv_, q_, k_, attended_, gate_up_, act_, u_;
 };
 

@@ -1,12 +1,12 @@
 #include "engine/sampling/step.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <string>
 
+#include "engine/ops/parallel_rows.h"
 #include "engine/runtime/base_model_impl.h"
 #include "engine/runtime/forward.h"
 #include "engine/sampling/adapter_view_cache.h"
@@ -175,7 +175,8 @@ void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, std::sp
   const auto vocab = static_cast<std::size_t>(model.spec().vocab_size);
   const float* data = logits.const_data_ptr<float>();
   std::vector<char> finite(wanted.size());
-  at::parallel_for(0, static_cast<std::int64_t>(wanted.size()), 1, [&](std::int64_t from, std::int64_t to) {
+  const auto size = static_cast<std::int64_t>(wanted.size());
+  parallel_rows(size, model.spec().vocab_size, [&](std::int64_t from, std::int64_t to) {
     for (auto i = static_cast<std::size_t>(from); i < static_cast<std::size_t>(to); ++i) {
       const LogitsRow& where = wanted[i];
       const std::span<const float> row(data + i * vocab, vocab);
