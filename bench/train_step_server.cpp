@@ -5,7 +5,6 @@
 // then, and the plan's figures for a micro-batch of TOKENS: total and activations.
 
 #include <ATen/Parallel.h>
-#include <sys/resource.h>
 
 #include <chrono>
 #include <cstdlib>
@@ -52,10 +51,14 @@ ht::engine::MicroBatchItem item_of(ht::engine::Adapter& adapter, const TrainBatc
   return item;
 }
 
+// VmHWM: getrusage's figure would include the parent's peak from before exec.
 double peak_rss_mib() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1024.0;
+  std::ifstream stream("/proc/self/status");
+  std::string word;
+  while (stream >> word && word != "VmHWM:") continue;
+  double kib = 0;
+  stream >> kib;
+  return kib / 1024.0;
 }
 
 double rss_mib() {

@@ -10,7 +10,7 @@
 //                  "adam": {…}?}],
 //       "generate": [{"adapter": 0?, "prompt": [], "max_tokens": 8}]}   // greedy, after the steps, with the sampler
 // OUT: results.safetensors ("step0.call0.item0.logprobs", "generate0.logprobs"), results.json (loss sums, metrics and
-//      generated tokens, in order),
+//      generated tokens, in order, and the peak of resident memory),
 //      grad<i>/ after the last step's calls and weights<i>/, state<i>.safetensors at the end.
 
 #include <ATen/ATen.h>
@@ -219,6 +219,16 @@ struct Probe {
   }
 };
 
+// VmHWM: getrusage's figure would include the parent's peak from before exec.
+double peak_rss_mib() {
+  std::ifstream stream("/proc/self/status");
+  std::string word;
+  while (stream >> word && word != "VmHWM:") continue;
+  double kib = 0;
+  stream >> kib;
+  return kib / 1024.0;
+}
+
 int run(const char* model_dir, const char* job_file, const char* out_dir) {
   std::ifstream in(job_file);
   std::stringstream text;
@@ -253,7 +263,8 @@ int run(const char* model_dir, const char* job_file, const char* out_dir) {
   }
   safetensors::write_file(probe.out / "results.safetensors", probe.tensors);
   std::ofstream(probe.out / "results.json") << json::serialize(
-      json::object{{"calls", probe.calls}, {"metrics", probe.metrics}, {"generated", probe.generated}});
+      json::object{{"calls", probe.calls}, {"metrics", probe.metrics}, {"generated", probe.generated},
+                   {"peak_mib", peak_rss_mib()}});
   return 0;
 }
 
