@@ -48,7 +48,9 @@ bool pack(const float* w, int64_t n, int64_t k, void* out, int64_t panel) {
 
 }  // namespace
 
-int64_t ht_panel_elements(int64_t n, int64_t k) { return (n + kColumns - 1) / kColumns * kColumns * (k + k % 2); }
+int64_t ht_panel_elements(int64_t n, int64_t k) {
+  return (n + kColumns - 1) / kColumns * kColumns * (k + k % 2);
+}
 
 int ht_pack_panels(const float* w, int64_t n, int64_t k, HtWeightType type, void* out, int64_t panel_begin,
                    int64_t panel_end) {

@@ -118,8 +118,8 @@ void panel_gemm_of(const HtPanelGemm& g, int64_t panel_begin, int64_t panel_end)
     for (int64_t offset = 0; offset < HT_PANEL_COLUMNS; offset += 2 * V::kWidth) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t m_begin = tile * g.m / tiles;
-        panel_rows<V, kType, V::kPanelRows>(g, panel, (tile + 1) * g.m / tiles - m_begin, m_begin,
-                                            p * HT_PANEL_COLUMNS, offset);
+        panel_rows<V, kType, V::kPanelRows>(g, panel, (tile + 1) * g.m / tiles - m_begin, m_begin, p * HT_PANEL_COLUMNS,
+                                            offset);
       }
     }
   }
@@ -128,9 +128,15 @@ void panel_gemm_of(const HtPanelGemm& g, int64_t panel_begin, int64_t panel_end)
 template <class V>
 void panel_gemm(const HtPanelGemm& g, int64_t panel_begin, int64_t panel_end) {
   switch (g.w_type) {
-    case HT_WEIGHT_F32: panel_gemm_of<V, HT_WEIGHT_F32>(g, panel_begin, panel_end); break;
-    case HT_WEIGHT_BF16: panel_gemm_of<V, HT_WEIGHT_BF16>(g, panel_begin, panel_end); break;
-    case HT_WEIGHT_F16: panel_gemm_of<V, HT_WEIGHT_F16>(g, panel_begin, panel_end); break;
+    case HT_WEIGHT_F32:
+      panel_gemm_of<V, HT_WEIGHT_F32>(g, panel_begin, panel_end);
+      break;
+    case HT_WEIGHT_BF16:
+      panel_gemm_of<V, HT_WEIGHT_BF16>(g, panel_begin, panel_end);
+      break;
+    case HT_WEIGHT_F16:
+      panel_gemm_of<V, HT_WEIGHT_F16>(g, panel_begin, panel_end);
+      break;
   }
 }
 

@@ -38,7 +38,9 @@ PackedWeight pack(const at::Tensor& weight, HtWeightType type) {
 
 }  // namespace
 
-PackedWeight pack_weight(const at::Tensor& weight) { return pack(weight, HT_WEIGHT_F32); }
+PackedWeight pack_weight(const at::Tensor& weight) {
+  return pack(weight, HT_WEIGHT_F32);
+}
 
 PackedWeight pack_weight_16_bits(const at::Tensor& weight) {
   PackedWeight packed = pack(weight, HT_WEIGHT_BF16);

@@ -8,8 +8,8 @@
 
 namespace ht::engine {
 
-// A copy of a weight (N, K) in the panels of kernels/cpu/decode_kernels.h, for products with few rows: their time is that
-// of reading the weight.
+// A copy of a weight (N, K) in the panels of kernels/cpu/decode_kernels.h, for products with few rows: their time is
+// that of reading the weight.
 struct PackedWeight {
   at::Tensor data;  // undefined: there is none
   HtWeightType type = HT_WEIGHT_F32;

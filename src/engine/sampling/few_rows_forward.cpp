@@ -20,8 +20,8 @@ using Segment = FewRowsForward::Segment;
 // Tasks a thread gets of a GEMM, about: enough that threads end together though others use the cores too.
 constexpr std::int64_t kTasksPerThread = 8;
 
-// A phase with fewer multiply-adds on average is not worth a second thread: meeting costs about as much. Below four rows
-// the time is that of reading the weights.
+// A phase with fewer multiply-adds on average is not worth a second thread: meeting costs about as much. Below four
+// rows the time is that of reading the weights.
 constexpr std::int64_t kParallelWork = 300'000;
 constexpr std::int64_t kReadingRows = 4;
 constexpr std::int64_t kPhasesOfBlock = 8;
@@ -89,8 +89,7 @@ struct FewRowsForward::Pass {
           gemm.n = n;
           gemm.k = k;
           gemm.alpha = 1.0f;
-          ht_skinny_gemm(&gemm, base.begin(task) * HT_PANEL_COLUMNS,
-                         std::min(n, base.end(task) * HT_PANEL_COLUMNS));
+          ht_skinny_gemm(&gemm, base.begin(task) * HT_PANEL_COLUMNS, std::min(n, base.end(task) * HT_PANEL_COLUMNS));
         }
         return;
       }
@@ -99,9 +98,9 @@ struct FewRowsForward::Pass {
         const PackedFactors* lora = factors(segment);
         if (lora == nullptr) continue;
         if (task < lora->a.panels()) {
-          const HtPanelGemm gemm = panel_gemm(lora->a, x.row(segment.row_begin), x.stride,
-                                              segment.row_end - segment.row_begin, self.u_.row(segment.row_begin),
-                                              self.u_.stride);
+          const HtPanelGemm gemm =
+              panel_gemm(lora->a, x.row(segment.row_begin), x.stride, segment.row_end - segment.row_begin,
+                         self.u_.row(segment.row_begin), self.u_.stride);
           ht_panel_gemm(&gemm, task, task + 1);
           return;
         }
@@ -180,8 +179,8 @@ struct FewRowsForward::Pass {
     const auto lora_of = [&](LoraSlot slot) {
       return [&block, slot](const Segment& segment) -> const PackedFactors* {
         if (segment.adapter == nullptr) return nullptr;
-        const PackedFactors& found = segment.adapter->layers[static_cast<std::size_t>(block.attention.layer)]
-                                                            [static_cast<std::size_t>(slot)];
+        const PackedFactors& found =
+            segment.adapter->layers[static_cast<std::size_t>(block.attention.layer)][static_cast<std::size_t>(slot)];
         return found.a.defined() ? &found : nullptr;
       };
     };
