@@ -7,6 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "base/error.h"
+#include "worker/replies.h"
 #include "worker_protocol/codec.h"
 
 namespace ht::worker {
@@ -27,7 +29,8 @@ bool write_all(int fd, const std::string& bytes) {
 
 }  // namespace
 
-Lane::Lane(int fd, Callbacks callbacks) : fd_(fd), callbacks_(std::move(callbacks)) {
+Lane::Lane(int fd, Callbacks callbacks, std::size_t max_frame_bytes)
+    : fd_(fd), callbacks_(std::move(callbacks)), max_frame_bytes_(max_frame_bytes) {
   writer_ = std::thread([this] { write_replies(); });
   reader_ = std::thread([this] { read_requests(); });
 }
@@ -44,8 +47,21 @@ Lane::~Lane() {
   ::close(fd_);
 }
 
+std::string Lane::framed(const worker_protocol::Reply& reply) const {
+  try {
+    std::string bytes = worker_protocol::frame(worker_protocol::encode(reply));
+    if (bytes.size() > max_frame_bytes_) {
+      throw server_error("the result takes " + std::to_string(bytes.size()) + " bytes, at most " +
+                         std::to_string(max_frame_bytes_) + " can be sent");
+    }
+    return bytes;
+  } catch (const std::exception& error) {
+    return worker_protocol::frame(worker_protocol::encode(worker_protocol::Reply{reply.id, failure_of(error)}));
+  }
+}
+
 void Lane::send(const worker_protocol::Reply& reply) {
-  std::string bytes = worker_protocol::frame(worker_protocol::encode(reply));
+  std::string bytes = framed(reply);
   {
     const std::lock_guard lock(mutex_);
     if (closed_) return;

@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 
+#include "worker_protocol/codec.h"
 #include "worker_protocol/messages.h"
 
 namespace ht::worker {
@@ -22,19 +23,22 @@ class Lane {
   };
 
   // Takes the descriptor over. Callbacks run on the reading thread, from now on.
-  Lane(int fd, Callbacks callbacks);
+  Lane(int fd, Callbacks callbacks, std::size_t max_frame_bytes = worker_protocol::kMaxFrameBytes);
   ~Lane();
 
+  // A reply that cannot be framed, because it is too large or memory runs out, becomes a Failure of its request.
   void send(const worker_protocol::Reply& reply);
   // Waits until everything sent so far is written or the stream has failed.
   void flush();
 
  private:
+  std::string framed(const worker_protocol::Reply& reply) const;
   void read_requests();
   void write_replies();
 
   const int fd_;
   const Callbacks callbacks_;
+  const std::size_t max_frame_bytes_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::string> frames_;

@@ -63,7 +63,7 @@ void SampleExecutor::check(const wp::Sample& request) const {
   }
   check_ids(request.prompt, 0, vocab, "prompt token");
   check_range(request.num_samples, 1, kMaxSamples, "num_samples");
-  check_range(request.params.max_tokens, 1, std::numeric_limits<std::int32_t>::max(), "max_tokens");
+  check_range(request.params.max_tokens, 0, std::numeric_limits<std::int32_t>::max(), "max_tokens");
   check_range(request.topk_prompt_logprobs, 0, vocab, "topk_prompt_logprobs");
   check_range(request.topk_sample_logprobs, 0, vocab, "topk_sample_logprobs");
   check_range(request.prompt_alt_tokens_k, 0, vocab, "prompt_alt_tokens_k");
@@ -113,7 +113,13 @@ void SampleExecutor::start(RequestId id, wp::Sample request) {
   active.token_table = token_table_.value_or(nullptr);
   const wp::Sample& sample = active.request;
   const std::int32_t length = active.prompt_size(), last_row = length - 1;
-  active.max_tokens = std::min(sample.params.max_tokens, std::max(1, options_.max_seq_len - length));
+  active.max_tokens = std::max(1, options_.max_seq_len - length);
+  if (sample.params.max_tokens > 0) {
+    active.max_tokens = std::min(active.max_tokens, sample.params.max_tokens);
+  } else {
+    active.max_tokens = static_cast<std::int32_t>(
+        std::clamp<std::int64_t>(queue_.capacity() - length + 1, 1, active.max_tokens));
+  }
   active.unfinished = sample.num_samples;
   active.matchers.assign(static_cast<std::size_t>(sample.num_samples),
                          StopMatcher(sample.params.stop_strings, active.token_table.get()));
@@ -233,31 +239,37 @@ bool SampleExecutor::take_draw(std::int32_t sample, const engine::DrawResult& dr
 void SampleExecutor::run_slice() {
   const scheduler::SampleStep step = queue_.next_step();
   if (step.rows.empty()) return;
+  ++steps_;
+  try {
+    advance(step);
+  } catch (const std::exception& error) {
+    // How much of its keys and values a failed step has written is unknown: its requests end, nothing of it is cached.
+    for (const SampleRow& row : step.rows) {
+      if (active_.contains(row.request)) fail(row.request, failure_of(error));
+    }
+  }
+}
+
+void SampleExecutor::advance(const scheduler::SampleStep& step) {
   std::vector<std::vector<engine::Draw>> engine_draws(step.rows.size());
   std::vector<engine::StepRow> rows;
   for (std::size_t i = 0; i < step.rows.size(); ++i) {
     rows.push_back(step_row(step.rows[i], active_.at(step.rows[i].request), engine_draws[i]));
   }
-  std::vector<engine::StepRowResult> results;
-  std::map<RequestId, wp::Failure> failures;
-  try {
-    for (const scheduler::BlockCopy& copy : step.copies) engine_.copy_block(copy.from, copy.to);
-    results = engine_.run(rows);
-  } catch (const std::exception& error) {
-    for (const SampleRow& row : step.rows) failures.emplace(row.request, failure_of(error));
-    results.resize(step.rows.size());
-  }
-  ++steps_;
+  for (const scheduler::BlockCopy& copy : step.copies) engine_.copy_block(copy.from, copy.to);
+  std::vector<engine::StepRowResult> results = engine_.run(rows);
 
+  // Before the step is completed: what a failed request has in the cache must not be found by others.
+  for (std::size_t i = 0; i < step.rows.size(); ++i) {
+    const RequestId id = step.rows[i].request;
+    if (!results[i].error.empty() && active_.contains(id)) fail(id, {ErrorCategory::user, results[i].error});
+  }
   Draws draws(step.rows.size());
   for (std::size_t i = 0; i < step.rows.size(); ++i) {
     const SampleRow& row = step.rows[i];
-    if (!results[i].error.empty()) failures.emplace(row.request, wp::Failure{ErrorCategory::user, results[i].error});
-    if (failures.contains(row.request)) {
-      draws[i].assign(row.draws.size(), {0, true});
-      continue;
-    }
-    Active& active = active_.at(row.request);
+    const auto found = active_.find(row.request);
+    if (found == active_.end()) continue;
+    Active& active = found->second;
     // The first chunk begins where the cached prefix ends.
     if (!std::exchange(active.started, true)) active.result.prompt_cache_hit_tokens = row.position;
     if (rows[i].score.row_begin < rows[i].score.row_end) take_scores(row, rows[i].score, results[i], active);
@@ -269,7 +281,6 @@ void SampleExecutor::run_slice() {
     }
   }
   queue_.complete(step, draws);
-  for (auto& [id, failure] : failures) fail(id, std::move(failure));
   for (const SampleRow& row : step.rows) {
     const auto found = active_.find(row.request);
     if (found == active_.end() || found->second.unfinished > 0) continue;

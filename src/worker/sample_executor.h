@@ -65,6 +65,7 @@ class SampleExecutor {
   void take_scores(const scheduler::SampleRow& row, const engine::Score& score, engine::StepRowResult& result,
                    Active& active) const;
   bool take_draw(std::int32_t sample, const engine::DrawResult& draw, Active& active) const;
+  void advance(const scheduler::SampleStep& step);
   void fail(worker_protocol::RequestId id, worker_protocol::Failure failure);
 
   const engine::BaseModel& model_;

@@ -37,7 +37,6 @@ TokenTable TokenTable::read(const std::filesystem::path& file) {
   std::size_t at = 12;
   for (std::uint32_t token = 0; token < vocab; ++token) {
     if (bytes.size() - at < 5) throw refuse("it ends inside token " + std::to_string(token));
-    table.special_.push_back(bytes[at] != 0);
     const std::uint32_t length = read_u32(bytes, at + 1);
     at += 5;
     if (bytes.size() - at < length) throw refuse("it ends inside token " + std::to_string(token));
@@ -54,10 +53,6 @@ std::string_view TokenTable::bytes(std::int32_t token) const {
   if (token < 0 || token >= size()) return {};
   const auto index = static_cast<std::size_t>(token);
   return {text_.data() + offsets_[index], offsets_[index + 1] - offsets_[index]};
-}
-
-bool TokenTable::is_special(std::int32_t token) const {
-  return token >= 0 && token < size() && special_[static_cast<std::size_t>(token)] != 0;
 }
 
 }  // namespace ht::worker

@@ -26,13 +26,11 @@ class TokenTable {
 
   // Empty for an id outside the table.
   std::string_view bytes(std::int32_t token) const;
-  bool is_special(std::int32_t token) const;
-  std::int32_t size() const { return static_cast<std::int32_t>(special_.size()); }
+  std::int32_t size() const { return static_cast<std::int32_t>(offsets_.size()) - 1; }
 
  private:
   std::vector<char> text_;
   std::vector<std::uint64_t> offsets_;  // [size + 1]
-  std::vector<std::uint8_t> special_;
 };
 
 }  // namespace ht::worker

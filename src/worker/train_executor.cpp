@@ -95,7 +95,7 @@ void TrainExecutor::push(wp::Request request) {
     });
   } else if (auto* publish = std::get_if<wp::PublishVersion>(&request.body)) {
     push_op(id, publish->adapter, [this, body = *publish]() -> wp::DoneBody {
-      versions_.publish(body.version, engine::freeze(adapter(body.adapter)), body.dir, body.wait_for_files);
+      versions_.publish(body.version, engine::freeze(adapter(body.adapter)), body.dir);
       return wp::Ack{};
     });
   } else if (auto* replay = std::get_if<wp::Replay>(&request.body)) {
@@ -209,12 +209,22 @@ void TrainExecutor::run_micro_batch(const TrainMicroBatch& micro_batch, const st
   }
 }
 
+// What the slice's gradient is added to.
+engine::Adapter& TrainExecutor::accumulator(Batch& batch, const TrainSlice& slice) {
+  engine::Adapter& whole = adapters_.at(batch.request.adapter);
+  const bool one_micro_batch = slice.datum_begin == 0 && slice.datum_end == batch.request.batch.num_datums();
+  if (one_micro_batch || batch.request.forward_only) return whole;
+  if (!batch.partial) batch.partial = engine::Adapter{whole.weights, at::zeros_like(whole.grad), {}, {}, 0};
+  return *batch.partial;
+}
+
 void TrainExecutor::execute(const TrainMicroBatch& micro_batch, const std::function<void()>& between_blocks) {
   std::vector<engine::MicroBatchItem> items;
   std::int64_t tokens = 0;
   for (const TrainSlice& slice : micro_batch.slices) {
-    const wp::ForwardBackward& request = batches_.at(slice.request).request;
-    items.push_back({&adapters_.at(request.adapter), &request.batch, slice.datum_begin, slice.datum_end, request.loss,
+    Batch& batch = batches_.at(slice.request);
+    const wp::ForwardBackward& request = batch.request;
+    items.push_back({&accumulator(batch, slice), &request.batch, slice.datum_begin, slice.datum_end, request.loss,
                      request.config});
     tokens += num_tokens(request.batch, slice);
   }
@@ -252,6 +262,7 @@ void TrainExecutor::execute(const TrainMicroBatch& micro_batch, const std::funct
 void TrainExecutor::finish_batch(RequestId id) {
   Batch batch = std::move(batches_.at(id));
   batches_.erase(id);
+  if (batch.partial) adapters_.at(batch.request.adapter).grad.add_(batch.partial->grad);
   wp::TrainResult result;
   result.logprobs = std::move(batch.logprobs);
   const auto tokens = static_cast<double>(batch.request.batch.tokens.size());

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,9 @@ class TrainExecutor {
     double loss = 0;
     double seconds = 0;
     std::int32_t datums_left = 0;
+    // Of a request that takes several micro-batches: the adapter's weights with the request's own gradient, which is
+    // added to the adapter's at the end. A failure on the way leaves the adapter's gradient as it was.
+    std::optional<engine::Adapter> partial;
   };
   // What a queued op does when it reaches the head of its queue.
   using Op = std::function<worker_protocol::DoneBody()>;
@@ -60,6 +64,7 @@ class TrainExecutor {
   void run_op(worker_protocol::RequestId id);
   void run_micro_batch(const scheduler::TrainMicroBatch& micro_batch, const std::function<void()>& between_blocks);
   void execute(const scheduler::TrainMicroBatch& micro_batch, const std::function<void()>& between_blocks);
+  engine::Adapter& accumulator(Batch& batch, const scheduler::TrainSlice& slice);
   void finish_batch(worker_protocol::RequestId id);
   void done(worker_protocol::RequestId id, const std::string& adapter, worker_protocol::DoneBody body);
   void fail(worker_protocol::RequestId id, const std::string& adapter, const std::exception& error);

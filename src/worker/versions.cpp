@@ -36,17 +36,16 @@ void Versions::write(const engine::AdapterWeights& weights, const std::string& d
   engine::save_adapter_weights(weights, base_model_, dir);
 }
 
-void Versions::publish(const std::string& version, engine::AdapterWeights weights, const std::string& dir, bool wait) {
-  if (wait) write(weights, dir);
+void Versions::publish(const std::string& version, engine::AdapterWeights weights, const std::string& dir) {
   {
     const std::lock_guard lock(mutex_);
     Entry& entry = entries_[version];
     entry.weights = std::make_shared<const engine::AdapterWeights>(std::move(weights));
     entry.dir = dir;
-    entry.complete = wait;
+    entry.complete = false;
     entry.last_use = ++uses_;
     entry.generation = ++generations_;
-    if (!wait && !dir.empty()) to_write_.push_back(version);
+    if (!dir.empty()) to_write_.push_back(version);
     keep_budget();
   }
   changed_.notify_all();

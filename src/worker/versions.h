@@ -23,8 +23,8 @@ class Versions {
   Versions(const model_spec::ModelSpec& spec, std::string base_model, std::uint64_t budget_bytes);
   ~Versions();
 
-  // With `wait`, the files are complete on return; throws Error when they cannot be written.
-  void publish(const std::string& version, engine::AdapterWeights weights, const std::string& dir, bool wait);
+  // Its files are written into `dir` behind; empty: it has none.
+  void publish(const std::string& version, engine::AdapterWeights weights, const std::string& dir);
   // Loads `dir` when the version is not in memory. Throws Error(user) when there is no such version.
   std::shared_ptr<const engine::AdapterWeights> get(const std::string& version, const std::string& dir);
   void drop(const std::string& version);

@@ -190,8 +190,6 @@ wp::WorkerInfo Worker::initialize(wp::RequestId id, const wp::Initialize& reques
   info.memory_plan = plan.to_text();
   info.memory_plan.pop_back();  // the last line's end
   info.device = "cpu, " + std::to_string(options.threads) + " threads";
-  info.multi_adapter_batch = true;
-  info.incremental_sampling = true;
 
   std::string name = std::filesystem::path(request.model_dir).lexically_normal().string();
   while (name.size() > 1 && name.back() == '/') name.pop_back();

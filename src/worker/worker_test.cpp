@@ -188,7 +188,11 @@ TEST_F(WorkerTest, TrainsPublishesAndSamples) {
 
   const auto dir = scratch.path() / "v1";
   std::filesystem::create_directory(dir);
-  worker.done<wp::Ack>(worker.send(wp::PublishVersion{"a", "v1", dir, true}));
+  worker.done<wp::Ack>(worker.send(wp::PublishVersion{"a", "v1", dir}));
+  const auto snapshot = scratch.path() / "snapshot";
+  std::filesystem::create_directory(snapshot);
+  const auto cut = worker.done<wp::SnapshotResult>(worker.send(wp::Snapshot{snapshot}));
+  EXPECT_THAT(cut.versions_on_disk, testing::ElementsAre("v1"));
   EXPECT_TRUE(std::filesystem::exists(dir / "adapter_model.safetensors"));
   wp::Sample request = sample(9, 3);
   request.version = "v1";
@@ -271,7 +275,7 @@ TEST_F(WorkerTest, ASnapshotAndAReplayGiveTheSameBits) {
     worker.done<wp::Ack>(worker.send(create("b", 16)));
     run(worker, 10);
     worker.done<wp::TrainResult>(worker.send(50, batch("a", 3, 9)));  // a pending gradient
-    worker.done<wp::Ack>(worker.send(51, wp::PublishVersion{"b", "v", version, false}));
+    worker.done<wp::Ack>(worker.send(51, wp::PublishVersion{"b", "v", version}));
     const auto cut = worker.done<wp::SnapshotResult>(worker.send(90, wp::Snapshot{dir}));
     EXPECT_EQ(cut.last_request.at("a"), 50u);
     EXPECT_EQ(cut.last_request.at("b"), 51u);

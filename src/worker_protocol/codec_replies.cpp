@@ -17,11 +17,9 @@ void put(pb::WorkerInfo& out, const WorkerInfo& in) {
   out.set_max_seq_len(in.max_seq_len);
   out.set_device(in.device);
   out.set_memory_plan(in.memory_plan);
-  out.set_multi_adapter_batch(in.multi_adapter_batch);
-  out.set_incremental_sampling(in.incremental_sampling);
 }
 WorkerInfo take(const pb::WorkerInfo& in) {
-  return {in.max_seq_len(), in.device(), in.memory_plan(), in.multi_adapter_batch(), in.incremental_sampling()};
+  return {in.max_seq_len(), in.device(), in.memory_plan()};
 }
 
 void put(pb::TrainResult& out, const TrainResult& in) {

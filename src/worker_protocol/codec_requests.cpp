@@ -123,10 +123,9 @@ void put(pb::PublishVersion& out, const PublishVersion& in) {
   out.set_adapter(in.adapter);
   out.set_version(in.version);
   out.set_dir(in.dir);
-  out.set_wait_for_files(in.wait_for_files);
 }
 PublishVersion take(const pb::PublishVersion& in) {
-  return {in.adapter(), in.version(), in.dir(), in.wait_for_files()};
+  return {in.adapter(), in.version(), in.dir()};
 }
 
 void put(pb::Replay& out, const Replay& in) {

@@ -64,7 +64,7 @@ std::vector<RequestBody> all_requests() {
       OptimStep{"a", {1e-3, 0.8, 0.99, 1e-8, 0.1, 1.0}},
       SaveAdapter{"a", "/s", false},
       LoadAdapter{"a", "/s", true},
-      PublishVersion{"a", "v", "/v", true},
+      PublishVersion{"a", "v", "/v"},
       replay,
       sample,
       DropVersion{"v"},
@@ -89,7 +89,7 @@ std::vector<DoneBody> all_done() {
                       .prompt_cache_hit_tokens = 16};
   return {
       Ack{},
-      WorkerInfo{2048, "cpu", "base 1 GB\ncache 2 GB", true, true},
+      WorkerInfo{2048, "cpu", "base 1 GB\ncache 2 GB"},
       TrainResult{{-1, -2}, {{"loss:sum", 3.5}, {"tokens:sum", 2}}, 0.125},
       OptimResult{{{"grad_norm:mean", 1.5}}, 0.25},
       SaveResult{1'000'000'000'000},

@@ -7,7 +7,7 @@
 //  - A request's id is chosen by the server, is unique for the life of a data directory and ends in exactly one Done or
 //    Failure. MicroBatchExecuted and Progress may come before.
 //  - Training requests of one adapter run in the order sent. Requests of different adapters may be merged into one
-//    micro-batch. Samples run in any order. Control requests are answered at once.
+//    micro-batch. Samples run in any order. Cancel, Status and Shutdown are answered at once.
 //  - A worker exits when its control stream closes.
 
 #include <cstdint>
@@ -113,12 +113,11 @@ struct LoadAdapter {
 };
 
 // Freezes the adapter's weights as an immutable version for samplers. The version is also written into `dir` (layout of
-// SaveAdapter without optimizer): before Done when wait_for_files, else behind.
+// SaveAdapter without optimizer), behind: a SnapshotResult tells when its files are complete.
 struct PublishVersion {
   std::string adapter;
   std::string version;
   std::string dir;
-  bool wait_for_files = false;
 
   friend bool operator==(const PublishVersion&, const PublishVersion&) = default;
 };
@@ -148,7 +147,7 @@ struct Replay {
 // ---- sampling lane ---------------------------------------------------------------------------------------------
 
 struct SamplingParams {
-  std::int32_t max_tokens = 0;  // >= 1
+  std::int32_t max_tokens = 0;  // 0: as many as context and cache hold
   std::uint64_t seed = 0;
   float temperature = 1.0f;  // 0 = greedy
   std::int32_t top_k = -1;   // -1 = off
@@ -209,7 +208,9 @@ struct Cancel {
 };
 
 // One cut through all adapters between two micro-batches, with no request partly executed: weights, moments, pending
-// gradients, steps, names of live versions, written into `dir`.
+// gradients, steps, names of live versions, written into `dir`. Answered at the first such moment. Until then requests of
+// several micro-batches are held back, but only for a bounded number of micro-batches at a time, then they run for as
+// many; ops and requests that fit into one micro-batch are never held back (TrainQueue::set_draining).
 struct Snapshot {
   std::string dir;
 
@@ -255,8 +256,6 @@ struct WorkerInfo {
   std::int32_t max_seq_len = 0;
   std::string device;       // "cpu", "cuda:0 NVIDIA H100 …"
   std::string memory_plan;  // text, one line a category
-  bool multi_adapter_batch = false;
-  bool incremental_sampling = false;
 
   friend bool operator==(const WorkerInfo&, const WorkerInfo&) = default;
 };

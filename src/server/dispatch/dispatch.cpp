@@ -27,7 +27,6 @@ Item describe(Item item, const wp::RequestBody& body) {
   } else if (const auto* publish = std::get_if<wp::PublishVersion>(&body)) {
     item.kind = Kind::publish;
     item.version = publish->version;
-    item.waits_for_files = publish->wait_for_files;
   } else if (std::holds_alternative<wp::DropAdapter>(body)) {
     item.kind = Kind::drop;
   } else if (const auto* sample = std::get_if<wp::Sample>(&body)) {

@@ -61,7 +61,6 @@ struct Item {
   std::int64_t seq = 0;          // place in the lane: 0 create, kDropSeq drop
   std::size_t bytes = 0;         // of the encoded request
   std::string version;           // publish: the version made; sample: the version read
-  bool waits_for_files = false;  // publish: its files are complete when it is done
   bool completed = false;        // recovery: its outcome is in the journal
   bool applied = false;          // recovery: and the worker had done it
 };

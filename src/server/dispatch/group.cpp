@@ -65,8 +65,7 @@ void Group::submit(const Item& item) {
   if (item.completed && !item.applied) return consume(of, item.seq);
   if (item.kind == Kind::publish) {
     of.versions.insert(item.version);
-    const bool files = item.completed && item.waits_for_files;
-    versions_[item.version] = Version{files, files, false};
+    versions_[item.version] = Version{};
   }
   of.add(item);
   index_[item.number] = Place{&of, item.seq};
@@ -272,7 +271,6 @@ void Group::settle_version(const Item& item, bool made) {
   Version& version = versions_[item.version];
   version.made = made;
   version.failed = !made;
-  if (made && item.waits_for_files) version.on_disk = true;
   pump_samples();
 }
 

@@ -8,8 +8,6 @@ namespace ht::dispatch {
 bool Entry::replayable() const {
   if (!item.applied) return false;
   if (item.kind == Kind::forward) return mixed;
-  // Its files are complete and were moved to their place: a sampler loads them from there.
-  if (item.kind == Kind::publish && item.waits_for_files) return false;
   return changes_state(item.kind);
 }
 

@@ -101,8 +101,6 @@ TEST(Lane, WhatFailedIsNotRunAgain) {
   EXPECT_TRUE(entry.replayable());
   entry.item.kind = Kind::publish;
   EXPECT_TRUE(entry.replayable());
-  entry.item.waits_for_files = true;
-  EXPECT_FALSE(entry.replayable());
 }
 
 TEST(Lane, ClosingTakesWhatWasNotSentAndLetsTheDropFollow) {

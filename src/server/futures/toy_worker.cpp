@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdio>
@@ -106,7 +107,7 @@ class Worker {
       std::sscanf(initialize->backend_config.c_str(), R"({"delay_us":%d,"compute":%lf})", &delay_us_, &compute_);
       reply(lane, {request.id, wp::Progress{0.5, "half of it"}});
       if (initialize->model_dir.empty()) return fail(lane, request.id, "no such model");
-      done(lane, request.id, wp::WorkerInfo{128, "toy", "", true, false});
+      done(lane, request.id, wp::WorkerInfo{128, "toy", ""});
     } else if (std::holds_alternative<wp::Snapshot>(request.body)) {
       snapshots_.push_back(request);
     } else if (const auto* restore = std::get_if<wp::Restore>(&request.body)) {
@@ -216,11 +217,7 @@ class Worker {
       done(lane, id, wp::Ack{});
     } else if constexpr (std::is_same_v<Body, wp::PublishVersion>) {
       versions_[body.version] = adapter.w;
-      if (body.wait_for_files) {
-        write_version(body.version, body.dir);
-      } else {
-        behind_.emplace_back(body.version, body.dir);
-      }
+      behind_.emplace_back(body.version, body.dir);
       done(lane, id, wp::Ack{});
     } else if constexpr (std::is_same_v<Body, wp::DropAdapter>) {
       adapters_.erase(body.adapter);
@@ -313,7 +310,7 @@ class Worker {
     wp::SampleResult result;
     for (int i = 0; i < body.num_samples; ++i) {
       wp::SampledSequence sequence;
-      for (int t = 0; t < body.params.max_tokens; ++t) {
+      for (int t = 0; t < std::max(body.params.max_tokens, 1); ++t) {
         sequence.tokens.push_back(sampled(weights, body.params.seed + static_cast<std::uint64_t>(i), t));
         sequence.logprobs.push_back(0);
       }

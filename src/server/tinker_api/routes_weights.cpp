@@ -44,8 +44,7 @@ void build_ephemeral(Context& context, Numbered& own, const Fields& fields) {
   const std::string id = own.model.session_id + ":sample:" + std::to_string(number);
   if (context.sessions.find_sampler(id)) throw user_error("sampling session \"" + id + "\" exists already");
   own.submission.context = "{}";
-  own.submission.work = worker_protocol::PublishVersion{own.model.id, id, context.checkpoints.version_dir(id).string(),
-                                                        /*wait_for_files=*/false};
+  own.submission.work = worker_protocol::PublishVersion{own.model.id, id, context.checkpoints.version_dir(id).string()};
 }
 
 http::Response save_weights(Context& context, const http::Request& request) {
