@@ -23,6 +23,7 @@ struct Limits {
   std::size_t max_datums = 65536;                          // of one forward_backward
   std::int64_t max_target_width = 4096;                    // K of (N, K) targets
   std::int64_t max_target_cells = std::int64_t{1} << 25;   // of one request, after a CSR tensor became dense
+  std::int64_t max_result_cells = std::int64_t{1} << 26;   // (token, logprob) pairs that a sample may return: 512 MiB
   int max_num_samples = 1024;
   int max_topk = 1024;              // topk_*_logprobs and prompt_alt_tokens_k
   int max_stops = 64;               // stop strings, or stop tokens

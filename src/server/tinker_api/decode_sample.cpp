@@ -11,8 +11,6 @@ namespace {
 using worker_protocol::Sample;
 using worker_protocol::SamplingParams;
 
-constexpr std::int64_t kMaxLogprobCells = std::int64_t{1} << 26;  // top-k and alternatives of one request: 512 MiB
-
 std::vector<std::int32_t> prompt_tokens(const Fields& body, const ServedModel& model) {
   const Fields prompt = body.object("prompt");
   const json::value& chunks = prompt.get("chunks");
@@ -95,7 +93,7 @@ SamplingParams decode_params(const Fields& body, const ServedModel& model, const
                      (max_tokens ? std::to_string(*max_tokens) : "not set (at least 1)") + "; the context of " +
                      model.names.front() + " is " + std::to_string(model.max_seq_len) + " tokens for both together");
   }
-  params.max_tokens = static_cast<std::int32_t>(max_tokens.value_or(left));
+  params.max_tokens = static_cast<std::int32_t>(max_tokens.value_or(0));
   params.seed = seed_of(fields, drawn_seed);
   const double temperature = fields.number("temperature", 1.0);
   if (temperature < 0 || temperature > 1e6) {
@@ -115,21 +113,24 @@ SamplingParams decode_params(const Fields& body, const ServedModel& model, const
   return params;
 }
 
-// What a request asks to be returned, beside tokens, must fit into memory at its worst.
-void check_cells(const Sample& work) {
+// What a request may return at its worst must fit into memory and into one message of the worker.
+void check_cells(const Sample& work, const ServedModel& model, const Limits& limits) {
   const auto length = static_cast<std::int64_t>(work.prompt.size());
-  const std::int64_t sampled = std::int64_t{work.num_samples} * work.params.max_tokens;
-  const std::int64_t cells = length * (std::int64_t{work.topk_prompt_logprobs} + work.prompt_alt_tokens_k) +
-                             sampled * work.topk_sample_logprobs;
-  if (cells > kMaxLogprobCells) {
-    throw user_error("topk_prompt_logprobs = " + std::to_string(work.topk_prompt_logprobs) +
-                     ", prompt_alt_tokens_k = " + std::to_string(work.prompt_alt_tokens_k) + " and " +
-                     "topk_sample_logprobs = " + std::to_string(work.topk_sample_logprobs) + " ask for up to " +
-                     std::to_string(cells) + " logprobs (" + std::to_string(length) + " prompt tokens, " +
-                     std::to_string(work.num_samples) + " samples of at most " +
-                     std::to_string(work.params.max_tokens) + " tokens); at most " +
-                     std::to_string(kMaxLogprobCells) + " are allowed");
-  }
+  const std::int64_t max_tokens =
+      work.params.max_tokens > 0 ? work.params.max_tokens : std::max<std::int64_t>(model.max_seq_len - length, 1);
+  const std::int64_t per_prompt_token = std::int64_t{work.prompt_logprobs} + work.topk_prompt_logprobs +
+                                        work.target_width + work.prompt_alt_tokens_k;
+  const std::int64_t cells = length * per_prompt_token +
+                             work.num_samples * max_tokens * (1 + std::int64_t{work.topk_sample_logprobs});
+  if (cells <= limits.max_result_cells) return;
+  throw user_error("the request may return " + std::to_string(cells) + " tokens with logprobs, at most " +
+                   std::to_string(limits.max_result_cells) + " are allowed: num_samples = " +
+                   std::to_string(work.num_samples) + " times max_tokens = " + std::to_string(max_tokens) +
+                   (work.params.max_tokens > 0 ? "" : " (the rest of the context)") + " times 1 + topk_sample_logprobs = " +
+                   std::to_string(work.topk_sample_logprobs) + ", and for each of " + std::to_string(length) +
+                   " prompt tokens topk_prompt_logprobs = " + std::to_string(work.topk_prompt_logprobs) +
+                   ", target_prompt_logprobs' width = " + std::to_string(work.target_width) +
+                   " and prompt_alt_tokens_k = " + std::to_string(work.prompt_alt_tokens_k));
 }
 
 void decode_targets(const Fields& body, const ServedModel& model, const Limits& limits, DecodedSample& out) {
@@ -210,8 +211,8 @@ DecodedSample decode_sample(const json::object& object, const ServedModel& model
     work.prompt_logprobs_last_n = static_cast<std::int32_t>(*last_n);
   }
   body.boolean("record_stability_info", false);
-  check_cells(work);
   decode_targets(body, model, limits, out);
+  check_cells(work, model, limits);
   return out;
 }
 

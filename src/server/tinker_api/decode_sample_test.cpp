@@ -35,7 +35,7 @@ TEST(DecodeSample, Defaults) {
   const auto work = with("").work;
   EXPECT_THAT(work.prompt, ElementsAre(1, 2, 3));
   EXPECT_EQ(work.num_samples, 1);
-  EXPECT_EQ(work.params.max_tokens, 13) << "to the end of the context";
+  EXPECT_EQ(work.params.max_tokens, 0) << "to the end of the context";
   EXPECT_EQ(work.params.seed, 77u);
   EXPECT_EQ(work.params.temperature, 1.0f);
   EXPECT_EQ(work.params.top_k, -1);
@@ -77,10 +77,9 @@ TEST(DecodeSample, PromptAndAnswerShareTheContext) {
   EXPECT_EQ(decode(long_prompt(10) + "," + params(R"("max_tokens": 6)")).work.params.max_tokens, 6);
   EXPECT_THAT(refusal([] { decode(long_prompt(10) + "," + params(R"("max_tokens": 7)")); }),
               AllOf(HasSubstr("PromptTooLong"), HasSubstr("10 tokens"), HasSubstr("is 7"), HasSubstr("16")));
-  EXPECT_EQ(decode(long_prompt(10)).work.params.max_tokens, 6);
   // Scoring asks for one token that is never fed: a prompt may fill the context.
   EXPECT_EQ(decode(long_prompt(16) + "," + params(R"("max_tokens": 1)")).work.params.max_tokens, 1);
-  EXPECT_EQ(decode(long_prompt(16)).work.params.max_tokens, 1);
+  EXPECT_EQ(decode(long_prompt(16)).work.params.max_tokens, 0);
   EXPECT_THAT(refusal([] { decode(long_prompt(16) + "," + params(R"("max_tokens": 2)")); }), HasSubstr("16"));
   EXPECT_THAT(refusal([] { decode(long_prompt(17)); }), AllOf(HasSubstr("17"), HasSubstr("16")));
 }
@@ -140,6 +139,10 @@ TEST(DecodeSample, EveryWrongSettingIsNamed) {
   EXPECT_THAT(refused(params(R"("stop": "four")"), limits), AllOf(HasSubstr("4 bytes"), HasSubstr("3")));
 }
 
+std::string targets(const std::string& fields) {
+  return R"("target_prompt_logprobs": {"dtype": "int64", )" + fields + "}";
+}
+
 TEST(DecodeSample, WhatIsReturnedIsBounded) {
   ServedModel model = small_model();
   model.max_seq_len = 100000;
@@ -147,9 +150,20 @@ TEST(DecodeSample, WhatIsReturnedIsBounded) {
     return decode_sample(parse_object("{" + std::string(kPrompt) + "," + fields + "}"), model, {}, 1);
   };
   const std::string many = R"("num_samples": 1024, "topk_sample_logprobs": 10, )";
-  EXPECT_EQ(decode_for(many + params(R"("max_tokens": 6000)")).work.topk_sample_logprobs, 10);
+  EXPECT_EQ(decode_for(many + params(R"("max_tokens": 5000)")).work.topk_sample_logprobs, 10);
   EXPECT_THAT(refusal([&] { decode_for(many + params(R"("max_tokens": 60000)")); }),
-              AllOf(HasSubstr("614400000"), HasSubstr("67108864")));
+              AllOf(HasSubstr("675840000"), HasSubstr("67108864"), HasSubstr("1024"), HasSubstr("60000"), HasSubstr("10")));
+  EXPECT_THAT(refusal([&] { decode_for(R"("num_samples": 1024, )" + params(R"("max_tokens": 70000)")); }),
+              AllOf(HasSubstr("71680000"), HasSubstr("70000")));
+  EXPECT_THAT(refusal([&] { decode_for(R"("num_samples": 1000)"); }), HasSubstr("max_tokens = 99997"));
+  Limits narrow;
+  narrow.max_result_cells = 100;
+  const std::string wide = targets(R"("shape": [2, 40], "data": [0)" + [] {
+    std::string rest;
+    for (int i = 1; i < 80; ++i) rest += ", 0";
+    return rest;
+  }() + "]") + ", " + params(R"("max_tokens": 1)");
+  EXPECT_THAT(refused(wide, narrow), AllOf(HasSubstr("121"), HasSubstr("100"), HasSubstr("width = 40")));
 }
 
 TEST(DecodeSample, LastN) {
@@ -159,10 +173,6 @@ TEST(DecodeSample, LastN) {
     EXPECT_THAT(refused(asked + wrong), AllOf(HasSubstr(std::string("= ") + wrong), HasSubstr("[1, 2]")));
   }
   EXPECT_THAT(refused(R"("prompt_logprobs_last_n": 1)"), HasSubstr("prompt_logprobs"));
-}
-
-std::string targets(const std::string& fields) {
-  return R"("target_prompt_logprobs": {"dtype": "int64", )" + fields + "}";
 }
 
 TEST(DecodeSample, TargetsDenseAndSparse) {
