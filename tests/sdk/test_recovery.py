@@ -4,9 +4,10 @@ import time
 
 import numpy as np
 import pytest
+import tinker
 
 from conftest import LLAMA
-from datums import adam, logprobs_of, random_datum, sample_tokens, train_step
+from datums import adam, logprobs_of, random_datum, random_tokens, sample_tokens, sequence_datum, train_step
 
 STEPS = 6
 
@@ -154,3 +155,37 @@ def test_several_workers_deaths_in_a_row(make_server, connect):
         server.kill_worker()
         curve.append(train_step(again, [random_datum(1, 20)]))
     assert curve == expected
+
+
+def test_a_refused_step_stays_refused(make_server, connect):
+    """A step with a gradient that is not finite clears it: a recovery must clear it again."""
+    server = make_server("refused")
+    client = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    data = [random_datum(1, 20)]
+    train_step(client, data)
+    client.forward_backward([sequence_datum(random_tokens(1, 21), [3e38] * 20)], loss_fn="cross_entropy").result()
+    with pytest.raises(tinker.RequestFailedError, match="not finite"):
+        client.optim_step(adam()).result()
+    for _ in range(2):
+        train_step(client, data)
+    before = [logprobs.tobytes() for logprobs in logprobs_of(client.forward(data, loss_fn="cross_entropy").result())]
+    server.kill_worker()
+    after = [logprobs.tobytes() for logprobs in logprobs_of(client.forward(data, loss_fn="cross_entropy").result())]
+    assert after == before
+
+
+def test_a_session_may_end_during_a_replay(make_server, connect):
+    """Its half-executed request belongs to micro-batches of others: they must not wait for it for ever."""
+    server = make_server("ended")
+    leaving = connect(server)
+    client = leaving.create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+    other = connect(server).create_lora_training_client(base_model=LLAMA, rank=8, seed=3).result()
+    for seed in range(40):
+        client.forward_backward([random_datum(seed, 1000)], loss_fn="cross_entropy")
+    client.forward_backward([random_datum(seed, 1000) for seed in range(8)], loss_fn="cross_entropy")
+    train_step(other, [random_datum(1, 20)])
+    server.kill_worker()
+    leaving.close("success")
+    started = time.monotonic()
+    train_step(other, [random_datum(1, 20)])
+    assert time.monotonic() - started < 60

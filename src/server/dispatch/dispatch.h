@@ -105,7 +105,8 @@ class Dispatch {
   struct Events {
     std::function<worker_protocol::RequestBody(RequestId)> body;
     std::function<void(RequestId, worker_protocol::DoneBody)> done;
-    std::function<void(RequestId, worker_protocol::Failure)> failed;
+    // `applied`: the failure has an effect of its own (a refused step clears the gradient): a recovery must repeat it.
+    std::function<void(RequestId, worker_protocol::Failure, bool applied)> failed;
     // Called before the results that the micro-batch touches.
     std::function<void(const std::string& base_dir, const worker_protocol::MicroBatch&)> micro_batch;
     // Journals the cut. When it throws, the cut is not used.

@@ -111,8 +111,13 @@ void Group::cancel_sample(RequestId number) {
 }
 
 std::vector<RequestId> Group::close_lane(Lane& lane) {
+  // What a running replay still waits for stays: other models' micro-batches are composed with it.
+  std::set<RequestId> kept;
+  for (std::size_t i = replay_cursor_; i < micro_batches_.size(); ++i) {
+    for (const wp::MicroBatchSlice& slice : micro_batches_[i].slices) kept.insert(slice.request);
+  }
   std::vector<RequestId> numbers;
-  for (const Entry& entry : lane.close()) {
+  for (const Entry& entry : lane.close(kept)) {
     numbers.push_back(entry.item.number);
     index_.erase(entry.item.number);
     if (entry.item.kind == Kind::publish) settle_version(entry.item, false);
@@ -149,7 +154,7 @@ bool Group::send(RequestId number, const Item& item) {
     return true;
   } catch (const std::exception& error) {
     spdlog::error("{}: request {} cannot be sent: {}", group_.name, number, error.what());
-    if (!item.completed) events_.failed(number, wp::Failure{ErrorCategory::server, error.what()});
+    if (!item.completed) events_.failed(number, wp::Failure{ErrorCategory::server, error.what()}, false);
     return false;
   }
 }
@@ -192,7 +197,7 @@ void Group::pump_samples() {
       waiting_.erase(number);
       const Item item = sample.item;
       samples_.erase(number);
-      events_.failed(number, wp::Failure{ErrorCategory::server, "the weights " + item.version + " were not published"});
+      events_.failed(number, wp::Failure{ErrorCategory::server, "the weights " + item.version + " were not published"}, false);
       return pump_samples();
     }
     waiting_.erase(number);
@@ -257,9 +262,9 @@ void Group::on_training(Place place, wp::Reply& reply) {
     if (done != nullptr) {
       events_.done(reply.id, std::move(done->body));
     } else {
-      events_.failed(reply.id, std::get<wp::Failure>(reply.body));
+      events_.failed(reply.id, std::get<wp::Failure>(reply.body), item.kind == Kind::step);
     }
-  } else if (done == nullptr) {
+  } else if (done == nullptr && item.kind != Kind::step) {
     spdlog::error("{}: request {} was done before the restart and failed in the replay: {}", group_.name, reply.id,
                   std::get<wp::Failure>(reply.body).message);
   }
@@ -286,7 +291,7 @@ void Group::on_sample(RequestId number, wp::Reply& reply) {
     if (auto* done = std::get_if<wp::Done>(&reply.body)) {
       events_.done(number, std::move(done->body));
     } else {
-      events_.failed(number, std::get<wp::Failure>(reply.body));
+      events_.failed(number, std::get<wp::Failure>(reply.body), false);
     }
   }
   pump_samples();

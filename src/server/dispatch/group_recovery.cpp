@@ -194,7 +194,8 @@ void Group::blame(const std::string& reason) {
     }
     events_.failed(number, wp::Failure{ErrorCategory::server, "the worker ended each time that it ran this request (" +
                                                                   std::to_string(options_.max_crashes) +
-                                                                  " times, the last time: " + reason + ")"});
+                                                                  " times, the last time: " + reason + ")"},
+                   false);
   }
 }
 

@@ -43,11 +43,12 @@ void Lane::erase(std::int64_t seq) {
   entries_.erase(found);
 }
 
-std::vector<Entry> Lane::close() {
+std::vector<Entry> Lane::close(const std::set<RequestId>& kept) {
   closed_ = true;
   std::vector<Entry> taken;
   for (auto it = entries_.begin(); it != entries_.end();) {
-    if (it->second.sent || it->second.item.completed || it->second.item.kind == Kind::drop) {
+    const Item& item = it->second.item;
+    if (it->second.sent || item.completed || item.kind == Kind::drop || kept.contains(item.number)) {
       ++it;
     } else {
       taken.push_back(std::move(it->second));
@@ -84,7 +85,7 @@ void Lane::advance() {
 Entry* Lane::next_to_send() {
   for (auto it = entries_.lower_bound(cursor_); it != entries_.end(); ++it) {
     Entry& entry = it->second;
-    // In a closed lane what is left below the drop was sent before.
+    // In a closed lane what is left below the drop was sent before, or a replay waits for it.
     if (it->first >= horizon_ && !(closed_ && (entry.item.kind == Kind::drop || entry.item.completed))) return nullptr;
     cursor_ = it->first;
     if (!entry.sent) return &entry;

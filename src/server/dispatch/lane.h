@@ -43,7 +43,7 @@ class Lane {
   void consume(std::int64_t seq);
   void erase(std::int64_t seq);
   // Takes out what was not sent and has no outcome; nothing but the drop may follow.
-  std::vector<Entry> close();
+  std::vector<Entry> close(const std::set<RequestId>& kept = {});
   void set_horizon(std::int64_t horizon);
   void restore_closed();
 

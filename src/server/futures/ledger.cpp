@@ -58,8 +58,8 @@ Ledger::Ledger(asio::io_context& io, store::Journal& journal, dispatch::Dispatch
   dispatch::Dispatch::Events events;
   events.body = [this](Number number) { return body_of(number); };
   events.done = [this](Number number, wp::DoneBody body) { on_done(number, body); };
-  events.failed = [this](Number number, wp::Failure failure) {
-    finish(number, Failed{failure.category, failure.message}, false);
+  events.failed = [this](Number number, wp::Failure failure, bool applied) {
+    finish(number, Failed{failure.category, failure.message}, applied);
   };
   events.micro_batch = [this](const std::string& base_dir, const wp::MicroBatch& micro_batch) {
     write(micro_batch_record(base_dir, micro_batch), {});
