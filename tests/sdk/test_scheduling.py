@@ -101,7 +101,7 @@ def test_samples_of_one_prompt_share_its_prefill(server, service):
 
 def test_requests_of_one_prompt_share_its_prefill(server, service):
     sampler = service.create_sampling_client(base_model=LLAMA)
-    prompt = random_tokens(77, 2000)
+    prompt = random_tokens(770077, 2000)
     hits = [future.result().prompt_cache_hit_tokens for future in [sample(sampler, prompt) for _ in range(6)]]
     block = 16
     assert sorted(hits)[0] == 0
