@@ -40,6 +40,16 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
 def _alias(text: str) -> tuple[str, str]:
     name, equals, target = text.partition("=")
     if not name or not equals or not target:
@@ -97,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
     )
     limits = serve.add_argument_group("limits")
     limits.add_argument("--session-timeout", type=_natural, metavar="N", help="seconds without a heartbeat (default: 300)")
+    limits.add_argument(
+        "--snapshot-seconds",
+        type=_positive,
+        metavar="X",
+        help="compute time from one snapshot of the adapters to the next: what a recovery has to repeat (default: 60)",
+    )
     limits.add_argument("--max-body-bytes", type=_natural, metavar="N", help="largest request as sent (default: 256 MiB)")
     limits.add_argument(
         "--max-decoded-bytes", type=_natural, metavar="N", help="largest request after decompression (default: 512 MiB)"
@@ -107,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 PASSED_ON = (
-    "host port backend backend_config max_seq_len threads durability session_timeout max_body_bytes max_decoded_bytes "
+    "host port backend backend_config max_seq_len threads durability session_timeout snapshot_seconds max_body_bytes max_decoded_bytes "
     "max_connections max_queued_samples"
 ).split()
 

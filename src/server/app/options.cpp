@@ -123,6 +123,11 @@ void add_options(CLI::App& serve, ServeOptions& options, Texts& texts) {
       .add_option("--session-timeout", texts.session_timeout, "Seconds without a heartbeat after which a session ends")
       ->check(CLI::Range(std::int64_t{10}, std::int64_t{1} << 31))
       ->capture_default_str();
+  serve
+      .add_option("--snapshot-seconds", options.snapshot_seconds,
+                  "Compute time from one snapshot of the adapters to the next: what a worker's recovery has to repeat")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   serve.add_option("--worker-program", options.worker_program, "The worker (default: beside this program)")
       ->type_name("FILE");
   serve

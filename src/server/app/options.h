@@ -30,6 +30,7 @@ struct ServeOptions {
   std::size_t max_connections = 16384;
   std::size_t max_queued_samples = 20000;
   std::chrono::seconds session_timeout{300};
+  double snapshot_seconds = 60;  // of compute between two snapshots
   std::filesystem::path worker_program;
   std::vector<std::string> tokenizer_command;  // empty: none
 };

@@ -86,9 +86,10 @@ std::vector<dispatch::GroupOptions> groups_of(const ServeOptions& options, const
   return groups;
 }
 
-dispatch::Options dispatch_options(const DataDir& data) {
+dispatch::Options dispatch_options(const ServeOptions& serve, const DataDir& data) {
   dispatch::Options options;
   options.snapshot_dir = data.snapshots();
+  options.snapshot_after_seconds = serve.snapshot_seconds;
   return options;
 }
 
@@ -113,7 +114,7 @@ class Application {
         sessions_(sessions::make_sessions(database_)),
         checkpoints_(checkpoints::make_checkpoints(database_, data_.path())),
         journal_({.dir = data_.journal(), .durability = options.durability}),
-        dispatch_(io_, dispatch_options(data_), groups_of(options, catalogue_)),
+        dispatch_(io_, dispatch_options(options, data_), groups_of(options, catalogue_)),
         futures_(futures::make_futures(io_, journal_, dispatch_, futures_options(options))),
         context_{.sessions = *sessions_, .checkpoints = *checkpoints_, .futures = *futures_, .catalogue = catalogue_} {
     context_.loopback = is_loopback(options.host);
