@@ -1,5 +1,6 @@
 #include "server/app/options.h"
 
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -126,7 +127,6 @@ void add_options(CLI::App& serve, ServeOptions& options, Texts& texts) {
   serve
       .add_option("--snapshot-seconds", options.snapshot_seconds,
                   "Compute time from one snapshot of the adapters to the next: what a worker's recovery has to repeat")
-      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   serve.add_option("--worker-program", options.worker_program, "The worker (default: beside this program)")
       ->type_name("FILE");
@@ -166,6 +166,9 @@ std::variant<ServeOptions, Exit> parse_command_line(int argc, const char* const*
   for (const std::string& text : texts.aliases) options.models.push_back(parse_model(text, true));
   if (options.models.empty()) throw user_error("nothing to serve: give --base-model DIR");
   options.backend_config = check_backend_config(options.backend_config);
+  if (!(options.snapshot_seconds > 0)) {
+    throw user_error(fmt::format("--snapshot-seconds {} must be above 0", options.snapshot_seconds));
+  }
   options.durability = texts.durability == "power" ? store::Durability::power : store::Durability::process;
   options.session_timeout = std::chrono::seconds(texts.session_timeout);
   options.tokenizer_command = parse_command(texts.tokenizer_command);
