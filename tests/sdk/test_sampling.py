@@ -1,8 +1,6 @@
 """Sampling: determinism, the support of temperature/top-k/top-p, stops, logprobs, versions of an adapter."""
 
 import pickle
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -219,30 +217,3 @@ def test_prompt_that_fills_the_context(make_server, connect):
     assert sequence.stop_reason == "length" and 1 <= len(sequence.tokens) <= 5
     with pytest.raises((tinker.RequestFailedError, tinker.BadRequestError), match="64"):
         sampler.sample(types.ModelInput.from_ints(random_tokens(1, 65)), 1, types.SamplingParams(max_tokens=1)).result()
-
-
-def test_a_sample_waits_for_one_micro_batch_only(service, client):
-    """While 32k tokens of training run, samples keep coming: far less than the call's whole time each."""
-    sampler = service.create_sampling_client(base_model=LLAMA)
-    sample_tokens(sampler, PROMPT, max_tokens=1)
-    start = time.monotonic()
-    training = client.forward_backward([random_datum(n, 1000) for n in range(32)], loss_fn="cross_entropy")
-    done = threading.Event()
-    threading.Thread(target=lambda: (training.result(), done.set()), daemon=True).start()
-    waits = []
-    while not done.is_set():
-        asked = time.monotonic()
-        sample_tokens(sampler, PROMPT, max_tokens=1)
-        waits.append(time.monotonic() - asked)
-    total = time.monotonic() - start
-    assert len(waits) >= 4, f"{len(waits)} samples in {total:.2f} s of training"
-    assert sorted(waits)[len(waits) // 2] < total / 4
-
-
-def test_cancelled_future_stops_its_generation(sampler):
-    long = ask(sampler, max_tokens=20000)
-    time.sleep(0.3)
-    long.cancel() if hasattr(long, "cancel") else None
-    start = time.monotonic()
-    sample_tokens(sampler, PROMPT, max_tokens=4)
-    assert time.monotonic() - start < 5
