@@ -8,11 +8,17 @@ import tinker
 
 from conftest import LLAMA
 from datums import adam, logprobs_of, random_datum, random_tokens, sample_tokens, sequence_datum, train_step
+from server import Server
 
 STEPS = 6
 
 
-def shared_run(server, connect, kill_at=None):
+def restart(server):
+    server.kill()
+    server.start()
+
+
+def shared_run(server, connect, kill_at=(), kill=Server.kill_worker):
     """Two adapters whose calls are queued behind a third's long one, so that they share micro-batches in every run.
     Returns all losses and logprobs as bytes."""
     service = connect(server)
@@ -26,9 +32,9 @@ def shared_run(server, connect, kill_at=None):
             client.forward_backward([random_datum(100 * step + n, 10 + 3 * n) for n in range(3)], loss_fn="cross_entropy")
             for client in (first, second)
         ]
-        if step == kill_at:
+        if step in kill_at:
             time.sleep(0.05)
-            server.kill_worker()
+            kill(server)
         results = [call.result() for call in calls]
         long.result()
         for client in (first, second):
@@ -42,7 +48,51 @@ def shared_run(server, connect, kill_at=None):
 def test_worker_killed_in_mid_run_gives_the_same_bits(make_server, connect):
     undisturbed = shared_run(make_server("calm"), connect)
     for step in (0, 3):
-        assert shared_run(make_server(f"killed-{step}"), connect, kill_at=step) == undisturbed
+        assert shared_run(make_server(f"killed-{step}"), connect, kill_at=[step]) == undisturbed
+
+
+def snapshots_made(server):
+    """By the running server: the last one's directory carries its number."""
+    return max((int(cut.name.rsplit("-", 1)[1]) for cut in (server.data_dir / "snapshots").glob("*/*-*")), default=0)
+
+
+@pytest.mark.parametrize("kill", [Server.kill_worker, restart], ids=["worker", "server"])
+def test_killed_again_and_again_between_snapshots(make_server, connect, kill):
+    """A cut after every bit of compute: each death falls between two of them, or into one."""
+    made = []
+
+    def count_and_kill(server):
+        made.append(snapshots_made(server))
+        kill(server)
+
+    undisturbed = shared_run(make_server("calm"), connect)
+    server = make_server("cuts", None, "--snapshot-seconds", "0.02")
+    assert shared_run(server, connect, kill_at=[2, 3, 5], kill=count_and_kill) == undisturbed
+    assert made[0] >= 2 and snapshots_made(server) >= 1
+
+
+def test_what_was_listed_is_listed_after_a_restart(make_server, connect):
+    server = make_server("lists")
+    service = connect(server, user_metadata={"purpose": "test"})
+    client = service.create_lora_training_client(base_model=LLAMA, rank=4, user_metadata={"of": "run"}).result()
+    train_step(client, [random_datum(1, 20)])
+    client.save_state("kept", user_metadata={"step": "1"}).result()
+    client.save_weights_for_sampler("dying", ttl_seconds=7200).result()
+    session = client.model_id.split(":")[0]
+    paths = ["training_runs", f"training_runs/{client.model_id}/checkpoints", "checkpoints", f"sessions/{session}"]
+
+    def listed():
+        answers = [server.request("GET", path) for path in paths]
+        for run in answers[0][1]["training_runs"]:
+            del run["last_request_time"]  # written every few seconds
+        return answers
+
+    before = listed()
+    assert [status for status, _ in before] == [200] * 4
+    for text, answer in zip(("of", "dying", "step", "purpose"), before):
+        assert text in str(answer)
+    restart(server)
+    assert listed() == before
 
 
 def test_worker_killed_between_gradient_and_step(make_server, connect):
