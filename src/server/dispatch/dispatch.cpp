@@ -117,9 +117,9 @@ bool Dispatch::consume(const std::string& model, std::int64_t seq) {
   return true;
 }
 
-void Dispatch::completed(RequestId number, bool applied) {
+void Dispatch::completed(RequestId number, Effect effect) {
   for (auto& [base_dir, group] : impl_->groups) {
-    if (group->owns(number)) return group->completed(number, applied);
+    if (group->owns(number)) return group->completed(number, effect);
   }
 }
 

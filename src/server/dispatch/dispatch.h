@@ -36,13 +36,17 @@ struct Options {
   std::filesystem::path snapshot_dir;                         // a directory a group below it
   double snapshot_after_seconds = 60.0;                       // of compute since the last cut: what a replay would cost
   std::size_t snapshot_after_bytes = std::size_t{512} << 20;  // of requests since the last cut
-  std::size_t snapshot_after_requests = 20000;                // ditto
-  std::chrono::milliseconds snapshot_retry{1000};             // after one that could not be used
-  std::size_t model_in_flight = 64;                           // requests sent ahead to the worker, per model
+  std::size_t snapshot_after_requests = 20000;                // executed since
+  std::chrono::milliseconds snapshot_retry{1000};             // after one that could not be used; doubles each time
+  std::chrono::milliseconds snapshot_retry_max{300000};
+  std::size_t model_in_flight = 64;  // requests sent ahead to the worker, per model
   std::size_t model_in_flight_bytes = std::size_t{64} << 20;
   std::size_t samples_in_flight = 512;
   std::size_t samples_in_flight_bytes = std::size_t{64} << 20;
-  int max_crashes = 3;  // of a worker by one request, which then fails
+  // Deaths of a worker that runs one request alone until that request fails: by a fault (the kernel's out-of-memory
+  // killer among them), and by a SIGKILL or SIGTERM that may have come from anywhere.
+  int max_crashes = 3;
+  int max_kills = 12;
   std::chrono::milliseconds backoff_first{200};
   std::chrono::milliseconds backoff_max{30000};
   std::chrono::milliseconds stop_grace{2000};
@@ -51,6 +55,13 @@ struct Options {
 enum class Kind : std::uint8_t { create, load, train, forward, step, save, publish, drop, sample };
 // Changes the adapter, or makes a version: a recovery runs it again although its result was delivered.
 bool changes_state(Kind kind);
+
+// What a request did to its adapter, and a recovery must see again.
+enum class Effect : std::uint8_t {
+  none,
+  done,
+  refused,  // the worker failed it, and that has an effect of its own: a refused step clears the gradient
+};
 
 // A request as dispatch knows it: its body stays with futures (in memory or on disk) until it is sent.
 struct Item {
@@ -62,7 +73,7 @@ struct Item {
   std::size_t bytes = 0;         // of the encoded request
   std::string version;           // publish: the version made; sample: the version read
   bool completed = false;        // recovery: its outcome is in the journal
-  bool applied = false;          // recovery: and the worker had done it
+  Effect effect = Effect::none;  // recovery: and what it did
 };
 inline constexpr std::int64_t kDropSeq = INT64_MAX;
 
@@ -76,6 +87,7 @@ struct GroupStatus {
   std::string text;        // "loading the base model", …: queue_state_reason while not ready
   std::string last_error;  // of the last exit or failed start
   int restarts = 0;
+  int snapshot_failures = 0;
   std::optional<worker_protocol::WorkerInfo> info;  // of the running or the last worker
   int pid = 0;                                      // 0: none
 };
@@ -105,10 +117,11 @@ class Dispatch {
   struct Events {
     std::function<worker_protocol::RequestBody(RequestId)> body;
     std::function<void(RequestId, worker_protocol::DoneBody)> done;
-    // `applied`: the failure has an effect of its own (a refused step clears the gradient): a recovery must repeat it.
-    std::function<void(RequestId, worker_protocol::Failure, bool applied)> failed;
+    std::function<void(RequestId, worker_protocol::Failure, Effect)> failed;
     // Called before the results that the micro-batch touches.
     std::function<void(const std::string& base_dir, const worker_protocol::MicroBatch&)> micro_batch;
+    // These replace all micro-batches told before: some were composed again.
+    std::function<void(const std::string& base_dir, const std::vector<worker_protocol::MicroBatch>&)> compositions;
     // Journals the cut. When it throws, the cut is not used.
     std::function<void(const std::string& base_dir, const SnapshotCut&)> snapshot;
   };
@@ -132,8 +145,8 @@ class Dispatch {
   void submit(const Item& item);
   // The number will never come. False: there is no such lane.
   bool consume(const std::string& model, std::int64_t seq);
-  // The outcome is journalled. `applied`: the worker did it, so a recovery must do it again.
-  void completed(RequestId number, bool applied);
+  // The outcome is journalled.
+  void completed(RequestId number, Effect effect);
   // Samples only: out of the queue, or cancelled at the worker.
   void cancel_sample(RequestId number);
   // Takes out what is not with the worker yet and closes the lane to all but the drop. Returns what was taken.

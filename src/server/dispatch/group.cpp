@@ -1,5 +1,7 @@
 #include "server/dispatch/group.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <utility>
@@ -62,7 +64,7 @@ void Group::submit(const Item& item) {
     return;
   }
   Lane& of = lane(item.model);
-  if (item.completed && !item.applied) return consume(of, item.seq);
+  if (item.completed && item.effect == Effect::none) return consume(of, item.seq);
   if (item.kind == Kind::publish) {
     of.versions.insert(item.version);
     versions_[item.version] = Version{};
@@ -84,12 +86,12 @@ void Group::forget(Lane& lane, std::int64_t seq) {
   lane.erase(seq);
 }
 
-void Group::completed(RequestId number, bool applied) {
+void Group::completed(RequestId number, Effect effect) {
   Entry* entry = entry_of(number);
   if (entry == nullptr) return;
   const Place place = index_.at(number);
   entry->item.completed = true;
-  entry->item.applied = applied;
+  entry->item.effect = effect;
   // What ran stays until the next cut, which may name it as an adapter's last request; a restart lets it go.
   if (entry->dead() && !entry->executed) {
     forget(*place.lane, place.seq);
@@ -154,36 +156,82 @@ bool Group::send(RequestId number, const Item& item) {
     return true;
   } catch (const std::exception& error) {
     spdlog::error("{}: request {} cannot be sent: {}", group_.name, number, error.what());
-    if (!item.completed) events_.failed(number, wp::Failure{ErrorCategory::server, error.what()}, false);
+    if (!item.completed) events_.failed(number, wp::Failure{ErrorCategory::server, error.what()}, Effect::none);
     return false;
   }
 }
 
+// What has no outcome was failed. Else the adapter cannot be brought back to where it was.
+void Group::cannot_send(Lane& lane, const Item& item) {
+  const bool awaited = replay_names(item.number);
+  if (item.completed) {
+    Entry& entry = lane.entries().at(item.seq);
+    entry.unreadable = true;
+    lane.mark_executed(entry);
+    lane.lost = fmt::format(
+        "the state of model {} is lost: its request {} could not be read again after a restart of "
+        "the worker; load a checkpoint into it",
+        lane.model(), item.seq);
+    if (item.kind == Kind::publish) settle_version(item, false);
+  } else {
+    forget(lane, item.seq);
+  }
+  // The worker would wait for it.
+  if (awaited) abandon_worker(fmt::format("request {} of the replay cannot be sent", item.number));
+}
+
+// Whether nothing of the entry goes to the worker, as its model's state is lost. What has an outcome does:
+// micro-batches of other models are composed with it.
+bool Group::refuse_lost(Lane& lane, const Entry& entry) {
+  const Item item = entry.item;
+  if (lane.lost.empty() || item.kind == Kind::load || item.kind == Kind::drop) return false;
+  if (item.completed && item.kind != Kind::publish) return false;
+  const std::string why = lane.lost;
+  forget(lane, item.seq);
+  if (item.kind == Kind::publish) settle_version(item, false);
+  if (!item.completed) events_.failed(item.number, wp::Failure{ErrorCategory::server, why}, Effect::none);
+  return true;
+}
+
+// The answer to a request whose outcome is known.
+void Group::on_replayed(Lane& lane, const Item& item, const wp::Failure* failure) {
+  const bool refused = failure != nullptr;
+  if (!changes_state(item.kind) || refused == (item.effect == Effect::refused)) return;
+  spdlog::error("{}: request {} was {} before the restart and {} in the replay", group_.name, item.number,
+                refused ? "done" : "refused", refused ? "failed: " + failure->message : "done");
+  if (!lane.lost.empty()) return;
+  lane.lost = fmt::format(
+      "the state of model {} is lost: its request {} {} after a restart of the worker; load a "
+      "checkpoint into it",
+      lane.model(), item.seq, refused ? "failed (" + failure->message + ")" : "was not refused any more");
+}
+
 void Group::pump() {
   if (state_ != GroupState::ready) return;
-  if (careful_) return pump_carefully();
+  if (care_ != Care::none) return pump_carefully();
   for (auto& [model, lane] : lanes_) pump_lane(lane);
   pump_samples();
 }
 
 void Group::pump_lane(Lane& lane) {
   if (state_ != GroupState::ready) return;
-  if (careful_) return pump_carefully();
+  if (care_ != Care::none) return pump_carefully();
   while (Entry* entry = lane.next_to_send()) {
+    if (refuse_lost(lane, *entry)) continue;
     if (lane.in_flight > 0 && (lane.in_flight >= options_.model_in_flight ||
                                lane.in_flight_bytes + entry->item.bytes > options_.model_in_flight_bytes)) {
       return;
     }
     lane.mark_sent(*entry);
     const Item item = entry->item;
-    // What cannot be read again is left out (it was failed, unless its outcome was delivered long ago).
-    if (!send(item.number, item)) forget(lane, item.seq);
+    if (!send(item.number, item)) cannot_send(lane, item);
+    if (state_ != GroupState::ready) return;
   }
 }
 
 void Group::pump_samples() {
   if (state_ != GroupState::ready) return;
-  if (careful_) return pump_carefully();
+  if (care_ != Care::none) return pump_carefully();
   for (auto it = waiting_.begin(); it != waiting_.end();) {
     const RequestId number = *it++;
     SampleEntry& sample = samples_.at(number);
@@ -197,7 +245,8 @@ void Group::pump_samples() {
       waiting_.erase(number);
       const Item item = sample.item;
       samples_.erase(number);
-      events_.failed(number, wp::Failure{ErrorCategory::server, "the weights " + item.version + " were not published"}, false);
+      events_.failed(number, wp::Failure{ErrorCategory::server, "the weights " + item.version + " were not published"},
+                     Effect::none);
       return pump_samples();
     }
     waiting_.erase(number);
@@ -229,14 +278,12 @@ void Group::on_reply(wp::Reply reply) {
 
 void Group::on_micro_batch(const wp::MicroBatch& micro_batch) {
   if (replay_cursor_ < micro_batches_.size()) {
-    if (micro_batches_[replay_cursor_].slices == micro_batch.slices) {
-      ++replay_cursor_;
-      return;
-    }
-    spdlog::error("{}: the worker composed micro-batch {} of the replay in another way", group_.name, replay_cursor_);
+    if (micro_batches_[replay_cursor_].slices != micro_batch.slices) return on_other_composition(micro_batch);
+    ++replay_cursor_;
+    return;
   }
   events_.micro_batch(group_.base_dir, micro_batch);
-  micro_batches_.insert(micro_batches_.begin() + static_cast<std::ptrdiff_t>(replay_cursor_), micro_batch);
+  micro_batches_.push_back(micro_batch);
   ++replay_cursor_;
   mark_mixed(micro_batch);
 }
@@ -245,12 +292,13 @@ void Group::on_training(Place place, wp::Reply& reply) {
   Entry* entry = entry_of(reply.id);
   if (entry == nullptr || !entry->sent || entry->executed) return;
   place.lane->mark_executed(*entry);
-  executed_bytes_ += entry->item.bytes;
+  since_cut_.bytes += entry->item.bytes;
+  ++since_cut_.requests;
   crashes_in_a_row_ = 0;
   const Item item = entry->item;
   auto* done = std::get_if<wp::Done>(&reply.body);
-  if (done != nullptr) compute_seconds_ += compute_seconds(done->body);
-  if (item.kind == Kind::publish) settle_version(item, done != nullptr);
+  if (done != nullptr) since_cut_.compute_seconds += compute_seconds(done->body);
+  if (item.kind == Kind::publish) settle_version(item, done != nullptr && place.lane->lost.empty());
   if (item.kind == Kind::drop) {
     for (const std::string& version : place.lane->versions) {
       if (versions_.erase(version) > 0) send_control(wp::DropVersion{version});
@@ -258,15 +306,16 @@ void Group::on_training(Place place, wp::Reply& reply) {
     place.lane->versions.clear();
   }
   Lane& lane = *place.lane;
-  if (!item.completed) {
-    if (done != nullptr) {
-      events_.done(reply.id, std::move(done->body));
-    } else {
-      events_.failed(reply.id, std::get<wp::Failure>(reply.body), item.kind == Kind::step);
-    }
-  } else if (done == nullptr && item.kind != Kind::step) {
-    spdlog::error("{}: request {} was done before the restart and failed in the replay: {}", group_.name, reply.id,
-                  std::get<wp::Failure>(reply.body).message);
+  if (item.kind == Kind::load && done != nullptr) lane.lost.clear();
+  if (item.completed) {
+    on_replayed(lane, item, std::get_if<wp::Failure>(&reply.body));
+  } else if (!lane.lost.empty() && item.kind != Kind::load && item.kind != Kind::drop) {
+    events_.failed(reply.id, wp::Failure{ErrorCategory::server, lane.lost}, Effect::none);
+  } else if (done != nullptr) {
+    events_.done(reply.id, std::move(done->body));
+  } else {
+    events_.failed(reply.id, std::get<wp::Failure>(reply.body),
+                   item.kind == Kind::step ? Effect::refused : Effect::none);
   }
   pump_lane(lane);
   maybe_snapshot();
@@ -291,7 +340,7 @@ void Group::on_sample(RequestId number, wp::Reply& reply) {
     if (auto* done = std::get_if<wp::Done>(&reply.body)) {
       events_.done(number, std::move(done->body));
     } else {
-      events_.failed(number, std::get<wp::Failure>(reply.body), false);
+      events_.failed(number, std::get<wp::Failure>(reply.body), Effect::none);
     }
   }
   pump_samples();

@@ -24,6 +24,8 @@ namespace ht::dispatch {
 
 // Its message; empty: it is none.
 std::string failure_of(const worker_protocol::Reply& reply);
+// group_blame.cpp
+std::int64_t oom_kills();
 
 class Group {
  public:
@@ -41,7 +43,7 @@ class Group {
   const std::map<std::string, Lane>& lanes() const { return lanes_; }
   void submit(const Item& item);
   void consume(Lane& lane, std::int64_t seq);
-  void completed(RequestId number, bool applied);
+  void completed(RequestId number, Effect effect);
   bool owns(RequestId number) const { return index_.contains(number) || samples_.contains(number); }
   void cancel_sample(RequestId number);
   std::vector<RequestId> close_lane(Lane& lane);
@@ -57,11 +59,16 @@ class Group {
   void settle();
 
  private:
+  // Why a worker is gone. A kill: SIGKILL or SIGTERM, by nobody knows whom.
+  enum class Death { fault, kill, ours };
+  // Find out which request ends the worker: one at a time, after everything whose outcome is known. `exact`: with what
+  // is not finished but shares a micro-batch with that. `alone`: without, at the price of other compositions.
+  enum class Care { none, exact, alone };
   struct SampleEntry {
     Item item;
     bool sent = false;
     bool cancelled = false;
-    int crashes = 0;
+    Suspicion suspicion;
   };
   struct Place {
     Lane* lane = nullptr;
@@ -72,10 +79,15 @@ class Group {
     bool on_disk = false;  // its files are complete
     bool failed = false;
   };
+  struct Executed {
+    double compute_seconds = 0;
+    std::size_t bytes = 0;
+    std::size_t requests = 0;
+  };
   struct PendingCut {
     SnapshotCut cut;
-    double compute_seconds = 0;  // that it saves
-    bool answered = false;       // by the worker
+    Executed inside;
+    bool answered = false;  // by the worker
   };
 
   // group.cpp: sending and replies
@@ -83,6 +95,7 @@ class Group {
   void pump_lane(Lane& lane);
   void pump_samples();
   bool send(RequestId number, const Item& item);
+  void cannot_send(Lane& lane, const Item& item);
   void on_reply(worker_protocol::Reply reply);
   void on_control(const worker_protocol::Reply& reply);
   void on_micro_batch(const worker_protocol::MicroBatch& micro_batch);
@@ -92,18 +105,27 @@ class Group {
   Entry* entry_of(RequestId number);
   void forget(Lane& lane, std::int64_t seq);
   RequestId send_control(worker_protocol::RequestBody body);
+  bool refuse_lost(Lane& lane, const Entry& entry);
+  void on_replayed(Lane& lane, const Item& item, const worker_protocol::Failure* failure);
 
   // group_recovery.cpp: start, crash, restart
   void launch();
   void on_loaded(const worker_protocol::Reply& reply);
   void begin();
-  std::vector<worker_protocol::MicroBatch> micro_batches_to_replay() const;
-  void on_exit(const std::string& reason);
-  void blame(const std::string& reason);
+  bool choose_replay();
+  bool replay_names(RequestId number) const;
+  void on_other_composition(const worker_protocol::MicroBatch& micro_batch);
+  void on_exit(const std::string& reason, Death death);
   void rewind();
-  void pump_carefully();
   void mark_mixed(const worker_protocol::MicroBatch& micro_batch);
   void abandon_worker(const std::string& reason);
+
+  // group_blame.cpp
+  Death death_of(const std::string& reason) const;
+  void blame(const std::string& reason, Death death);
+  void pump_carefully();
+  bool send_alone(Lane& lane);
+  bool send_alone(RequestId sample);
 
   // group_snapshots.cpp
   std::filesystem::path absolute(const std::string& cut_dir) const;
@@ -112,7 +134,8 @@ class Group {
   void maybe_snapshot();
   void on_snapshot(const worker_protocol::Reply& reply);
   void try_adopt();
-  void discard_cut(std::chrono::milliseconds pause);
+  void discard_cut();
+  void postpone_snapshot();
   void drop_covered(const SnapshotCut& cut);
   void prune_micro_batches();
 
@@ -129,7 +152,8 @@ class Group {
   std::optional<std::string> token_table_;  // not known yet, empty: none, or its file
   boost::asio::steady_timer timer_;
   int crashes_in_a_row_ = 0;  // without a finished request between them
-  bool careful_ = false;      // find out which request kills the worker: one at a time
+  Care care_ = Care::none;
+  std::int64_t oom_kills_ = 0;  // of the machine, when the worker was started
   RequestId next_control_ = 1;
   RequestId initialize_ = 0, restore_ = 0, snapshot_ = 0, token_table_request_ = 0;
 
@@ -140,13 +164,13 @@ class Group {
   std::size_t samples_in_flight_ = 0, samples_in_flight_bytes_ = 0;
   std::unordered_map<std::string, Version> versions_;
 
-  std::string snapshot_dir_;  // of the cut in use; empty: none
+  std::string snapshot_dir_;                               // of the cut in use; empty: none
   std::deque<worker_protocol::MicroBatch> micro_batches_;  // since the cut
   std::size_t replay_cursor_ = 0;                          // those that the running worker has executed
   std::optional<PendingCut> cut_;
   std::chrono::steady_clock::time_point next_snapshot_{};
-  double compute_seconds_ = 0;      // since the cut
-  std::size_t executed_bytes_ = 0;  // ditto
+  std::chrono::milliseconds snapshot_pause_{0};  // after the last failure
+  Executed since_cut_;                           // by the running worker
   std::uint64_t snapshots_made_ = 0;
 };
 

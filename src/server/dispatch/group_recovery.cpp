@@ -47,6 +47,7 @@ void Group::set_token_table(const std::string& path) {
 void Group::launch() {
   const std::uint64_t epoch = ++*epoch_;
   state_ = GroupState::loading;
+  oom_kills_ = oom_kills();
   status_.progress = 0;
   status_.text = "the base model " + group_.name + " is being loaded";
   const auto mine = [current = epoch_, epoch] { return *current == epoch; };
@@ -61,14 +62,14 @@ void Group::launch() {
     }
   };
   callbacks.on_exit = [this, mine](std::string reason) {
-    if (mine()) on_exit(reason);
+    if (mine()) on_exit(reason, death_of(reason));
   };
   try {
     worker_ = std::make_unique<workers::WorkerGroup>(
         io_, workers::WorkerOptions{group_.worker_program, group_.name, group_.worker_log}, std::move(callbacks));
     worker_->start();
   } catch (const std::exception& error) {
-    return on_exit(std::string("it could not be started: ") + error.what());
+    return on_exit(std::string("it could not be started: ") + error.what(), Death::ours);
   }
   initialize_ = send_control(group_.initialize);
 }
@@ -106,41 +107,89 @@ void Group::on_loaded(const wp::Reply& reply) {
 
 // The adapters are those of the snapshot: from here on the lanes bring the rest.
 void Group::begin() {
-  const auto replay = micro_batches_to_replay();
-  micro_batches_.assign(replay.begin(), replay.end());
+  if (choose_replay()) events_.compositions(group_.base_dir, {micro_batches_.begin(), micro_batches_.end()});
   replay_cursor_ = 0;
-  if (!replay.empty()) send_control(wp::Replay{replay});
+  if (!micro_batches_.empty()) send_control(wp::Replay{{micro_batches_.begin(), micro_batches_.end()}});
   state_ = GroupState::ready;
   status_.text.clear();
   spdlog::info("{}: the worker is ready", group_.name);
   pump();
 }
 
-// Only slices of requests that will be sent again. In careful mode those whose outcome is known, lest the worker waits
-// for a request that is held back; the others are then composed anew.
-std::vector<wp::MicroBatch> Group::micro_batches_to_replay() const {
-  std::vector<wp::MicroBatch> kept;
-  for (const wp::MicroBatch& micro_batch : micro_batches_) {
-    wp::MicroBatch filtered{micro_batch.number, {}};
-    for (const wp::MicroBatchSlice& slice : micro_batch.slices) {
-      const auto found = index_.find(slice.request);
-      if (found == index_.end()) continue;
-      const Entry& entry = found->second.lane->entries().at(found->second.seq);
-      if (!careful_ || entry.item.completed) filtered.slices.push_back(slice);
+// Leaves the micro-batches that the worker has to compose again: slices of requests that will be sent. In careful mode
+// those that were not finished are held back, and the worker must not wait for them: what comes behind the last
+// micro-batch with a finished request is composed anew, and Care::alone takes them out of the others too. True:
+// something was taken out that the journal would bring back.
+bool Group::choose_replay() {
+  const auto entry_of_slice = [&](const wp::MicroBatchSlice& slice) { return entry_of(slice.request); };
+  const auto has_finished = [&](const wp::MicroBatch& micro_batch) {
+    return std::any_of(micro_batch.slices.begin(), micro_batch.slices.end(), [&](const auto& slice) {
+      const Entry* entry = entry_of_slice(slice);
+      return entry != nullptr && entry->item.completed;
+    });
+  };
+  bool changed = false;
+  if (care_ != Care::none) {
+    while (!micro_batches_.empty() && !has_finished(micro_batches_.back())) {
+      micro_batches_.pop_back();
+      changed = true;
     }
-    if (!filtered.slices.empty()) kept.push_back(std::move(filtered));
   }
-  return kept;
+  for (wp::MicroBatch& micro_batch : micro_batches_) {
+    std::erase_if(micro_batch.slices, [&](const wp::MicroBatchSlice& slice) {
+      const Entry* entry = entry_of_slice(slice);
+      if (entry == nullptr || entry->unreadable) return true;
+      const bool held_back = care_ == Care::alone && !entry->item.completed;
+      changed = changed || held_back;
+      return held_back;
+    });
+  }
+  std::erase_if(micro_batches_, [](const wp::MicroBatch& micro_batch) { return micro_batch.slices.empty(); });
+  return changed;
+}
+
+bool Group::replay_names(RequestId number) const {
+  return std::any_of(micro_batches_.begin() + static_cast<std::ptrdiff_t>(replay_cursor_), micro_batches_.end(),
+                     [number](const wp::MicroBatch& micro_batch) {
+                       return std::any_of(micro_batch.slices.begin(), micro_batch.slices.end(),
+                                          [number](const auto& slice) { return slice.request == number; });
+                     });
+}
+
+// The worker departs from the replay: requests of one micro-batch run one by one, as together they failed; or the
+// replay did not fit, and all that is left of it is composed anew. No datum may stay in two micro-batches.
+void Group::on_other_composition(const wp::MicroBatch& micro_batch) {
+  spdlog::error("{}: the worker composed micro-batch {} of the replay in another way", group_.name, replay_cursor_);
+  auto& expected = micro_batches_[replay_cursor_].slices;
+  const bool part = std::all_of(micro_batch.slices.begin(), micro_batch.slices.end(), [&](const auto& slice) {
+    return std::find(expected.begin(), expected.end(), slice) != expected.end();
+  });
+  if (part) {
+    std::erase_if(expected, [&](const auto& slice) {
+      return std::find(micro_batch.slices.begin(), micro_batch.slices.end(), slice) != micro_batch.slices.end();
+    });
+    if (expected.empty()) {
+      micro_batches_[replay_cursor_] = micro_batch;
+    } else {
+      micro_batches_.insert(micro_batches_.begin() + static_cast<std::ptrdiff_t>(replay_cursor_), micro_batch);
+    }
+  } else {
+    micro_batches_.resize(replay_cursor_);
+    micro_batches_.push_back(micro_batch);
+  }
+  ++replay_cursor_;
+  mark_mixed(micro_batch);
+  events_.compositions(group_.base_dir, {micro_batches_.begin(), micro_batches_.end()});
 }
 
 // A worker that answers but cannot do its work.
 void Group::abandon_worker(const std::string& reason) {
   ++*epoch_;
   worker_->stop(milliseconds(0));
-  on_exit(reason);
+  on_exit(reason, Death::ours);
 }
 
-void Group::on_exit(const std::string& reason) {
+void Group::on_exit(const std::string& reason, Death death) {
   ++*epoch_;
   // Not inside its own callback.
   if (worker_) boost::asio::post(io_, [worker = std::shared_ptr<workers::WorkerGroup>(std::move(worker_))] {});
@@ -150,8 +199,8 @@ void Group::on_exit(const std::string& reason) {
   const bool was_ready = state_ == GroupState::ready;
   state_ = GroupState::waiting;
   status_.text = "the worker of " + group_.name + " ended (" + reason + ") and is being started again";
-  discard_cut(milliseconds(0));
-  if (was_ready) blame(reason);
+  discard_cut();
+  if (was_ready && death != Death::ours) blame(reason, death);
   rewind();
   milliseconds wait = options_.backoff_first;
   for (int i = 1; i < crashes_in_a_row_ && wait < options_.backoff_max; ++i) wait *= 2;
@@ -161,42 +210,6 @@ void Group::on_exit(const std::string& reason) {
   timer_.async_wait([this, current = epoch_, epoch = *epoch_](const boost::system::error_code& error) {
     if (!error && *current == epoch) launch();
   });
-}
-
-// Whatever the worker was busy with may have killed it: the first unfinished request of each lane and every running
-// sample. In careful mode there is only one.
-void Group::blame(const std::string& reason) {
-  std::vector<RequestId> guilty;
-  bool repeated = false;
-  const auto count = [&](RequestId number, int& crashes) {
-    ++crashes;
-    if (crashes >= options_.max_crashes - 1) repeated = true;
-    if (careful_ && crashes >= options_.max_crashes) guilty.push_back(number);
-  };
-  for (auto& [model, lane] : lanes_) {
-    Entry* head = lane.head();
-    if (head != nullptr && !head->item.completed) count(head->item.number, head->crashes);
-  }
-  for (auto& [number, sample] : samples_) {
-    if (sample.sent && !sample.cancelled) count(number, sample.crashes);
-  }
-  if (repeated && !careful_)
-    spdlog::warn("{}: looking for the request that ends the worker, one at a time", group_.name);
-  careful_ = careful_ || repeated;
-  for (const RequestId number : guilty) {
-    const Entry* entry = entry_of(number);
-    const Item item = entry != nullptr ? entry->item : samples_.at(number).item;
-    if (entry != nullptr) {
-      forget(*index_.at(number).lane, item.seq);
-      if (item.kind == Kind::publish) settle_version(item, false);
-    } else {
-      samples_.erase(number);
-    }
-    events_.failed(number, wp::Failure{ErrorCategory::server, "the worker ended each time that it ran this request (" +
-                                                                  std::to_string(options_.max_crashes) +
-                                                                  " times, the last time: " + reason + ")"},
-                   false);
-  }
 }
 
 void Group::rewind() {
@@ -218,68 +231,7 @@ void Group::rewind() {
     }
   }
   samples_in_flight_ = samples_in_flight_bytes_ = 0;
-  compute_seconds_ = 0;
-  executed_bytes_ = 0;
-}
-
-void Group::pump_carefully() {
-  bool busy = samples_in_flight_ > 0;
-  std::vector<Lane*> heads;
-  for (auto& [model, lane] : lanes_) {
-    while (Entry* entry = lane.next_to_send()) {
-      if (!entry->item.completed) {
-        heads.push_back(&lane);
-        break;
-      }
-      lane.mark_sent(*entry);
-      const Item item = entry->item;
-      if (!send(item.number, item)) forget(lane, item.seq);
-    }
-    busy = busy || lane.in_flight > 0;
-  }
-  if (busy) return;
-  // Everything that was known is in place. The most suspicious request runs alone.
-  Lane* worst_lane = nullptr;
-  RequestId worst_sample = 0;
-  int crashes = -1;
-  for (Lane* lane : heads) {
-    if (const int of_head = lane->next_to_send()->crashes; of_head > crashes) {
-      worst_lane = lane;
-      crashes = of_head;
-    }
-  }
-  for (const RequestId number : waiting_) {
-    const SampleEntry& sample = samples_.at(number);
-    const auto version = versions_.find(sample.item.version);
-    if (version != versions_.end() && !version->second.made) continue;
-    if (sample.crashes > crashes) {
-      worst_sample = number;
-      crashes = sample.crashes;
-    }
-  }
-  if (crashes < 1) {
-    careful_ = false;
-    return pump();
-  }
-  if (worst_sample != 0) {
-    SampleEntry& sample = samples_.at(worst_sample);
-    waiting_.erase(worst_sample);
-    sample.sent = true;
-    ++samples_in_flight_;
-    samples_in_flight_bytes_ += sample.item.bytes;
-    const Item item = sample.item;
-    if (send(worst_sample, item)) return;
-    --samples_in_flight_;
-    samples_in_flight_bytes_ -= item.bytes;
-    samples_.erase(worst_sample);
-  } else {
-    Entry& entry = *worst_lane->next_to_send();
-    worst_lane->mark_sent(entry);
-    const Item item = entry.item;
-    if (send(item.number, item)) return;
-    forget(*worst_lane, item.seq);
-  }
-  pump_carefully();
+  since_cut_ = {};
 }
 
 void Group::mark_mixed(const wp::MicroBatch& micro_batch) {

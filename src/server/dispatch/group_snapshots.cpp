@@ -58,24 +58,26 @@ void Group::remove_unused_snapshots() {
 }
 
 void Group::maybe_snapshot() {
-  if (state_ != GroupState::ready || careful_ || cut_ || std::chrono::steady_clock::now() < next_snapshot_) return;
-  if (compute_seconds_ < options_.snapshot_after_seconds && executed_bytes_ < options_.snapshot_after_bytes &&
-      index_.size() < options_.snapshot_after_requests) {
+  if (state_ != GroupState::ready || care_ != Care::none || cut_ || std::chrono::steady_clock::now() < next_snapshot_)
+    return;
+  if (since_cut_.compute_seconds < options_.snapshot_after_seconds &&
+      since_cut_.bytes < options_.snapshot_after_bytes && since_cut_.requests < options_.snapshot_after_requests) {
     return;
   }
+  // A cut would make a lost state the one that a recovery brings back.
+  if (std::any_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return !lane.second.lost.empty(); })) return;
   std::erase_if(lanes_, [](const auto& lane) { return lane.second.closed() && lane.second.entries().empty(); });
   PendingCut cut;
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   cut.cut.dir = fmt::format("{}/{}-{}", snapshot_root(), std::chrono::duration_cast<milliseconds>(now).count(),
                             ++snapshots_made_);
-  cut.compute_seconds = compute_seconds_;
+  cut.inside = since_cut_;
   const std::filesystem::path dir = absolute(cut.cut.dir);
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) {
     spdlog::error("{}: cannot make {}: {}", group_.name, dir.string(), error.message());
-    next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
-    return;
+    return postpone_snapshot();
   }
   // What is done now is inside; the answer may name later requests.
   for (const auto& [model, lane] : lanes_) {
@@ -94,7 +96,8 @@ void Group::on_snapshot(const wp::Reply& reply) {
   const auto* result = done == nullptr ? nullptr : std::get_if<wp::SnapshotResult>(&done->body);
   if (result == nullptr) {
     spdlog::error("{}: no snapshot: {}", group_.name, failure_of(reply));
-    return discard_cut(options_.snapshot_retry);
+    discard_cut();
+    return postpone_snapshot();
   }
   for (const auto& [adapter, last] : result->last_request) {
     const auto found = index_.find(last);
@@ -111,7 +114,8 @@ void Group::on_snapshot(const wp::Reply& reply) {
       if (number > seq || entry.item.kind != Kind::publish) continue;
       const auto version = versions_.find(entry.item.version);
       if (version != versions_.end() && !version->second.on_disk && !version->second.failed) {
-        return discard_cut(options_.snapshot_retry);
+        discard_cut();
+        return postpone_snapshot();
       }
     }
   }
@@ -137,21 +141,28 @@ void Group::try_adopt() {
   } catch (const std::exception& error) {
     spdlog::error("{}: the snapshot could not be journalled: {}", group_.name, error.what());
     remove_tree(absolute(adopted.cut.dir));
-    next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
-    return;
+    return postpone_snapshot();
   }
+  snapshot_pause_ = milliseconds(0);
   const std::string replaced = std::exchange(snapshot_dir_, adopted.cut.dir);
   if (!replaced.empty()) remove_tree(absolute(replaced));
   drop_covered(adopted.cut);
-  compute_seconds_ = std::max(0.0, compute_seconds_ - adopted.compute_seconds);
-  executed_bytes_ = 0;
+  since_cut_.compute_seconds -= adopted.inside.compute_seconds;
+  since_cut_.bytes -= adopted.inside.bytes;
+  since_cut_.requests -= adopted.inside.requests;
 }
 
-void Group::discard_cut(milliseconds pause) {
+void Group::discard_cut() {
   if (!cut_) return;
   remove_tree(absolute(cut_->cut.dir));
   cut_.reset();
-  next_snapshot_ = std::chrono::steady_clock::now() + pause;
+}
+
+// Each failure doubles the pause: a full disk must not make a snapshot of all adapters a second.
+void Group::postpone_snapshot() {
+  ++status_.snapshot_failures;
+  snapshot_pause_ = std::clamp(2 * snapshot_pause_, options_.snapshot_retry, options_.snapshot_retry_max);
+  next_snapshot_ = std::chrono::steady_clock::now() + snapshot_pause_;
 }
 
 void Group::drop_covered(const SnapshotCut& cut) {

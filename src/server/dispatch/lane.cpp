@@ -6,7 +6,7 @@
 namespace ht::dispatch {
 
 bool Entry::replayable() const {
-  if (!item.applied) return false;
+  if (item.effect == Effect::none) return false;
   if (item.kind == Kind::forward) return mixed;
   return changes_state(item.kind);
 }
@@ -117,6 +117,7 @@ void Lane::rewind() {
   for (auto& [seq, entry] : entries_) entry.sent = entry.executed = false;
   in_flight = in_flight_bytes = 0;
   cursor_ = 0;
+  lost.clear();
 }
 
 }  // namespace ht::dispatch

@@ -14,12 +14,19 @@
 
 namespace ht::dispatch {
 
+// Of ending the worker, in points (Group::blame).
+struct Suspicion {
+  std::int64_t any = 0;    // it was running
+  std::int64_t alone = 0;  // and nothing else was
+};
+
 struct Entry {
   Item item;
-  bool sent = false;      // to the running worker
-  bool executed = false;  // by the running worker
-  bool mixed = false;     // forward: shared a micro-batch with a request that changes state
-  int crashes = 0;        // of workers that were busy with it
+  bool sent = false;        // to the running worker
+  bool executed = false;    // by the running worker
+  bool mixed = false;       // forward: shared a micro-batch with a request that changes state
+  bool unreadable = false;  // its record cannot be read again
+  Suspicion suspicion;
 
   // A recovery runs it again although its outcome is known.
   bool replayable() const;
@@ -59,6 +66,8 @@ class Lane {
   std::size_t in_flight = 0;
   std::size_t in_flight_bytes = 0;
   std::set<std::string> versions;  // made from this model
+  // Not empty: the worker's adapter is not what its outcomes say, and why. What comes fails, until a load replaces it.
+  std::string lost;
 
  private:
   void advance();

@@ -69,7 +69,8 @@ TEST(Lane, ACrashSendsAgainInTheSameOrderWhatIsStillNeeded) {
       Entry& entry = lane.entries().at(seq);
       if (seq < done) {
         lane.mark_executed(entry);
-        entry.item.completed = entry.item.applied = true;
+        entry.item.completed = true;
+        entry.item.effect = Effect::done;
         if (!entry.replayable()) {
           lane.erase(seq);
           continue;
@@ -93,7 +94,7 @@ TEST(Lane, WhatFailedIsNotRunAgain) {
   entry.item = item(1);
   entry.item.completed = true;
   EXPECT_FALSE(entry.replayable());
-  entry.item.applied = true;
+  entry.item.effect = Effect::done;
   EXPECT_TRUE(entry.replayable());
   entry.item.kind = Kind::forward;
   EXPECT_FALSE(entry.replayable());

@@ -159,7 +159,7 @@ RigOptions rig_options(const std::filesystem::path& dir) {
   options.dispatch.snapshot_retry = milliseconds(5);
   options.dispatch.backoff_first = milliseconds(1);
   options.dispatch.backoff_max = milliseconds(5);
-  options.dispatch.max_crashes = 1 << 20;  // they are not the requests' fault
+  options.dispatch.max_kills = 1 << 20;  // they are not the requests' fault
   options.dispatch.model_in_flight = 8;
   options.futures.memory_bytes = 2000;
   options.futures.housekeeping = milliseconds(20);

@@ -58,11 +58,14 @@ Ledger::Ledger(asio::io_context& io, store::Journal& journal, dispatch::Dispatch
   dispatch::Dispatch::Events events;
   events.body = [this](Number number) { return body_of(number); };
   events.done = [this](Number number, wp::DoneBody body) { on_done(number, body); };
-  events.failed = [this](Number number, wp::Failure failure, bool applied) {
-    finish(number, Failed{failure.category, failure.message}, applied);
+  events.failed = [this](Number number, wp::Failure failure, dispatch::Effect effect) {
+    finish(number, Failed{failure.category, failure.message}, effect);
   };
   events.micro_batch = [this](const std::string& base_dir, const wp::MicroBatch& micro_batch) {
     write(micro_batch_record(base_dir, micro_batch), {});
+  };
+  events.compositions = [this](const std::string& base_dir, const std::vector<wp::MicroBatch>& micro_batches) {
+    write(compositions_record(base_dir, micro_batches), {});
   };
   events.snapshot = [this](const std::string& base_dir, const dispatch::SnapshotCut& cut) {
     on_snapshot(base_dir, cut);
@@ -216,7 +219,7 @@ void Ledger::cancel(const std::string& request_id) {
   if (entry == nullptr || entry->done || entry->finishing || entry->submission.operation != Operation::sample) return;
   const Number number = *number_of(request_id);
   dispatch_.cancel_sample(number);
-  finish(number, Failed{ErrorCategory::user, "the request was cancelled"}, false);
+  finish(number, Failed{ErrorCategory::user, "the request was cancelled"}, dispatch::Effect::none);
 }
 
 void Ledger::end_session(const std::string& session_id, const std::vector<std::string>& model_ids,
@@ -248,7 +251,7 @@ void Ledger::close_session(const std::string& session_id, const std::vector<std:
   std::sort(over.begin(), over.end());
   for (const Number number : over) {
     dispatch_.cancel_sample(number);
-    finish(number, ended, false);
+    finish(number, ended, dispatch::Effect::none);
   }
 }
 

@@ -24,10 +24,9 @@ std::string id_of(std::uint64_t number) {
 
 wp::RequestBody Ledger::body_of(Number number) {
   const Entry& entry = entries_.at(number);
-  wp::RequestBody body =
-      entry.work_bytes > 0
-          ? entry.submission.work
-          : wp::decode_request(parse_record(journal_.read(entry.submitted)).submitted().work()).body;
+  wp::RequestBody body = entry.work_bytes > 0
+                             ? entry.submission.work
+                             : wp::decode_request(parse_record(journal_.read(entry.submitted)).submitted().work()).body;
   inputs_.redirect(number, body);
   return body;
 }
@@ -54,24 +53,24 @@ void Ledger::on_done(Number number, const wp::DoneBody& body) {
     spdlog::error("request {}: its result could not be made: {}", number, error.what());
     outcome = Failed{ErrorCategory::server, error.what()};
   }
-  finish(number, std::move(outcome), true);
+  finish(number, std::move(outcome), dispatch::Effect::done);
 }
 
-void Ledger::finish(Number number, Outcome outcome, bool applied) {
+void Ledger::finish(Number number, Outcome outcome, dispatch::Effect effect) {
   const auto found = entries_.find(number);
   if (found == entries_.end() || found->second.done || found->second.finishing) return;
   found->second.finishing = true;
   const std::int64_t now = unix_ms();
-  std::string record = completed_record(number, outcome, applied, now);
+  std::string record = completed_record(number, outcome, effect, now);
   if (record.size() > store::Journal::kMaxRecordBytes) {
     outcome = Failed{ErrorCategory::server, "the result has " + std::to_string(record.size()) + " bytes: at most " +
                                                 std::to_string(store::Journal::kMaxRecordBytes) + " can be kept"};
-    record = completed_record(number, outcome, applied, now);
+    record = completed_record(number, outcome, effect, now);
   }
   auto shared = std::make_shared<const Outcome>(std::move(outcome));
-  write(std::move(record), [this, number, shared, applied, now](const store::RecordPosition& position) {
+  write(std::move(record), [this, number, shared, effect, now](const store::RecordPosition& position) {
     set_done(number, shared, position, now);
-    dispatch_.completed(number, applied);
+    dispatch_.completed(number, effect);
   });
 }
 

@@ -11,6 +11,16 @@ void put_failed(const Failed& failed, pb::Failed& record) {
   record.set_message(failed.message);
 }
 
+void put_micro_batch(const worker_protocol::MicroBatch& micro_batch, pb::MicroBatch& record) {
+  record.set_number(micro_batch.number);
+  for (const auto& slice : micro_batch.slices) {
+    pb::Slice& added = *record.add_slices();
+    added.set_request(slice.request);
+    added.set_datum_begin(slice.datum_begin);
+    added.set_datum_end(slice.datum_end);
+  }
+}
+
 Failed failed_of(const pb::Failed& record) {
   return {static_cast<ErrorCategory>(record.category()), record.message()};
 }
@@ -51,11 +61,13 @@ std::string consumed_record(const std::string& model_id, std::int64_t seq_id) {
   return record.SerializeAsString();
 }
 
-std::string completed_record(std::uint64_t number, const Outcome& outcome, bool applied, std::int64_t time_ms) {
+std::string completed_record(std::uint64_t number, const Outcome& outcome, dispatch::Effect effect,
+                             std::int64_t time_ms) {
   pb::Record record;
   pb::Completed& to = *record.mutable_completed();
   to.set_number(number);
-  to.set_applied(applied);
+  to.set_applied(effect == dispatch::Effect::done);
+  to.set_refused(effect == dispatch::Effect::refused);
   to.set_time_ms(time_ms);
   if (const auto* result = std::get_if<Result>(&outcome)) {
     to.set_content_type(result->content_type);
@@ -68,15 +80,17 @@ std::string completed_record(std::uint64_t number, const Outcome& outcome, bool 
 
 std::string micro_batch_record(const std::string& base_dir, const worker_protocol::MicroBatch& micro_batch) {
   pb::Record record;
-  pb::MicroBatch& to = *record.mutable_micro_batch();
+  record.mutable_micro_batch()->set_base_dir(base_dir);
+  put_micro_batch(micro_batch, *record.mutable_micro_batch());
+  return record.SerializeAsString();
+}
+
+std::string compositions_record(const std::string& base_dir,
+                                const std::vector<worker_protocol::MicroBatch>& micro_batches) {
+  pb::Record record;
+  pb::Compositions& to = *record.mutable_compositions();
   to.set_base_dir(base_dir);
-  to.set_number(micro_batch.number);
-  for (const auto& slice : micro_batch.slices) {
-    pb::Slice& added = *to.add_slices();
-    added.set_request(slice.request);
-    added.set_datum_begin(slice.datum_begin);
-    added.set_datum_end(slice.datum_end);
-  }
+  for (const auto& micro_batch : micro_batches) put_micro_batch(micro_batch, *to.add_micro_batches());
   return record.SerializeAsString();
 }
 
@@ -124,6 +138,11 @@ Submission submission_of(const pb::Submitted& record) {
 Outcome outcome_of(const pb::Completed& record) {
   if (record.has_failed()) return failed_of(record.failed());
   return Result{record.content_type(), record.body()};
+}
+
+dispatch::Effect effect_of(const pb::Completed& record) {
+  if (record.refused()) return dispatch::Effect::refused;
+  return record.applied() ? dispatch::Effect::done : dispatch::Effect::none;
 }
 
 std::size_t size_of(const Outcome& outcome) {

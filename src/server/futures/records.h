@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "journal.pb.h"
 #include "server/dispatch/dispatch.h"
@@ -19,8 +20,11 @@ std::int64_t unix_ms();
 // `work`: the encoded worker request; ignored for a failed submission.
 std::string submitted_record(std::uint64_t number, const Submission& submission, std::string work);
 std::string consumed_record(const std::string& model_id, std::int64_t seq_id);
-std::string completed_record(std::uint64_t number, const Outcome& outcome, bool applied, std::int64_t time_ms);
+std::string completed_record(std::uint64_t number, const Outcome& outcome, dispatch::Effect effect,
+                             std::int64_t time_ms);
 std::string micro_batch_record(const std::string& base_dir, const worker_protocol::MicroBatch& micro_batch);
+std::string compositions_record(const std::string& base_dir,
+                                const std::vector<worker_protocol::MicroBatch>& micro_batches);
 std::string snapshot_record(const std::string& base_dir, const dispatch::SnapshotCut& cut);
 std::string session_ended_record(const std::string& session_id, const std::vector<std::string>& model_ids,
                                  const std::string& reason);
@@ -31,6 +35,7 @@ pb::Record parse_record(std::string_view bytes);
 // Without the work.
 Submission submission_of(const pb::Submitted& record);
 Outcome outcome_of(const pb::Completed& record);
+dispatch::Effect effect_of(const pb::Completed& record);
 std::size_t size_of(const Outcome& outcome);
 worker_protocol::MicroBatch micro_batch_of(const pb::MicroBatch& record);
 dispatch::SnapshotCut cut_of(const pb::SnapshotTaken& record);

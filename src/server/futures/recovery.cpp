@@ -15,7 +15,7 @@ namespace wp = worker_protocol;
 
 struct Ledger::Replayed {
   struct Done {
-    bool applied = false;
+    dispatch::Effect effect = dispatch::Effect::none;
     std::size_t bytes = 0;
     store::RecordPosition position;
     std::int64_t time_ms = 0;
@@ -23,8 +23,8 @@ struct Ledger::Replayed {
   std::map<Number, dispatch::Item> items;
   std::vector<std::pair<Number, Done>> done;  // in the order of their records
   std::vector<std::pair<std::string, std::int64_t>> consumed;
-  std::vector<std::pair<std::string, wp::MicroBatch>> micro_batches;
-  std::map<std::string, dispatch::Dispatch::LaneState> lanes;  // of the last digest
+  std::map<std::string, std::vector<wp::MicroBatch>> micro_batches;  // by base_dir
+  std::map<std::string, dispatch::Dispatch::LaneState> lanes;        // of the last digest
   std::vector<pb::SessionEnded> ended;
 };
 
@@ -49,7 +49,7 @@ void Ledger::replay_record(const store::RecordPosition& position, std::string_vi
       if (entry.submission.failure) {
         item.completed = true;
         if (item.model.empty()) item.kind = dispatch::Kind::sample;
-        replayed.done.push_back({number, {false, entry.submission.failure->message.size(), {}, submitted.time_ms()}});
+        replayed.done.push_back({number, {{}, entry.submission.failure->message.size(), {}, submitted.time_ms()}});
       } else {
         item = dispatch::describe(std::move(item), wp::decode_request(submitted.work()).body);
       }
@@ -62,12 +62,18 @@ void Ledger::replay_record(const store::RecordPosition& position, std::string_vi
     case pb::Record::kCompleted: {
       const pb::Completed& completed = record.completed();
       const std::size_t size = completed.has_failed() ? completed.failed().message().size() : completed.body().size();
-      replayed.done.push_back({completed.number(), {completed.applied(), size, position, completed.time_ms()}});
+      replayed.done.push_back({completed.number(), {effect_of(completed), size, position, completed.time_ms()}});
       break;
     }
     case pb::Record::kMicroBatch:
-      replayed.micro_batches.emplace_back(record.micro_batch().base_dir(), micro_batch_of(record.micro_batch()));
+      replayed.micro_batches[record.micro_batch().base_dir()].push_back(micro_batch_of(record.micro_batch()));
       break;
+    case pb::Record::kCompositions: {
+      auto& all = replayed.micro_batches[record.compositions().base_dir()];
+      all.clear();
+      for (const pb::MicroBatch& one : record.compositions().micro_batches()) all.push_back(micro_batch_of(one));
+      break;
+    }
     case pb::Record::kSnapshotTaken: {
       const dispatch::SnapshotCut cut = cut_of(record.snapshot_taken());
       dispatch::SnapshotCut& all = cuts_[record.snapshot_taken().base_dir()];
@@ -110,7 +116,7 @@ void Ledger::recover() {
     done_order_.push_back(number);
     dispatch::Item& item = replayed.items.at(number);
     item.completed = true;
-    item.applied = done.applied;
+    item.effect = done.effect;
   }
   for (const auto& [model, lane] : replayed.lanes) {
     if (dispatch_.has_group(lane.base_dir)) dispatch_.restore_lane(lane);
@@ -121,14 +127,15 @@ void Ledger::recover() {
     if (!item.completed) ++unfinished;
     if (dispatch_.has_group(item.base_dir)) {
       dispatch_.submit(item);
-    } else if (!item.completed || item.applied) {
+    } else if (!item.completed || item.effect != dispatch::Effect::none) {
       foreign_groups_ = true;
       spdlog::warn("request {} needs the base model {}, which is not served now: it waits", number, item.base_dir);
     }
   }
   for (const auto& [model, seq] : replayed.consumed) dispatch_.consume(model, seq);
-  for (const auto& [base_dir, micro_batch] : replayed.micro_batches) {
-    if (dispatch_.has_group(base_dir)) dispatch_.restore_micro_batch(base_dir, micro_batch);
+  for (const auto& [base_dir, micro_batches] : replayed.micro_batches) {
+    if (!dispatch_.has_group(base_dir)) continue;
+    for (const wp::MicroBatch& micro_batch : micro_batches) dispatch_.restore_micro_batch(base_dir, micro_batch);
   }
   for (const auto& [base_dir, cut] : cuts_) {
     if (dispatch_.has_group(base_dir)) dispatch_.restore_snapshot(base_dir, cut);

@@ -161,8 +161,7 @@ Submission create_from(const std::string& model, const std::filesystem::path& di
 
 Submission publish(const std::string& model, std::int64_t seq, const std::string& version,
                    const std::filesystem::path& dir) {
-  return submission(Operation::save_weights_for_sampler, model, seq,
-                    wp::PublishVersion{model, version, dir.string()});
+  return submission(Operation::save_weights_for_sampler, model, seq, wp::PublishVersion{model, version, dir.string()});
 }
 
 Submission sample(const std::string& session, std::int64_t seq, const std::string& version,
