@@ -119,12 +119,21 @@ def parser() -> argparse.ArgumentParser:
     )
     limits.add_argument("--max-connections", type=_natural, metavar="N", help="open connections (default: 16384)")
     limits.add_argument("--max-queued-samples", type=_natural, metavar="N", help="waiting samples (default: 20000)")
+    limits.add_argument("--max-bodies-bytes", type=_natural, metavar="N",
+                        help="request bodies being read or answered (default: 2 GiB)")
+    limits.add_argument("--max-model-requests", type=_natural, metavar="N",
+                        help="training requests of one model that wait or run (default: 8192)")
+    limits.add_argument("--max-model-bytes", type=_natural, metavar="N", help="ditto, their bytes (default: 2 GiB)")
+    limits.add_argument("--max-requests", type=_natural, metavar="N",
+                        help="training requests of all models that wait or run (default: 65536)")
+    limits.add_argument("--max-requests-bytes", type=_natural, metavar="N",
+                        help="ditto and samples, their bytes (default: 16 GiB)")
     return top
 
 
 PASSED_ON = (
     "host port backend backend_config max_seq_len threads durability session_timeout snapshot_seconds max_body_bytes max_decoded_bytes "
-    "max_connections max_queued_samples"
+    "max_connections max_queued_samples max_bodies_bytes max_model_requests max_model_bytes max_requests max_requests_bytes"
 ).split()
 
 

@@ -118,8 +118,15 @@ void add_options(CLI::App& serve, ServeOptions& options, Texts& texts) {
   };
   limit("--max-body-bytes", options.max_body_bytes, "Largest request body as sent");
   limit("--max-decoded-bytes", options.max_decoded_bytes, "Largest request body after decompression");
+  limit("--max-bodies-bytes", options.max_bodies_bytes,
+        "All request bodies being read or answered; one more is answered 503");
   limit("--max-connections", options.max_connections, "Open connections; one more is answered 503");
   limit("--max-queued-samples", options.max_queued_samples, "Samples waiting for a worker; one more is answered 429");
+  limit("--max-model-requests", options.max_model_requests,
+        "Training requests of one model that wait or run; one more is answered 429");
+  limit("--max-model-bytes", options.max_model_bytes, "Ditto, their bytes");
+  limit("--max-requests", options.max_requests, "Training requests of all models that wait or run");
+  limit("--max-requests-bytes", options.max_requests_bytes, "Ditto and samples, their bytes in the journal");
   serve
       .add_option("--session-timeout", texts.session_timeout, "Seconds without a heartbeat after which a session ends")
       ->check(CLI::Range(std::int64_t{10}, std::int64_t{1} << 31))

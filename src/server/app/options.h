@@ -28,7 +28,13 @@ struct ServeOptions {
   std::size_t max_body_bytes = std::size_t{256} << 20;
   std::size_t max_decoded_bytes = std::size_t{512} << 20;
   std::size_t max_connections = 16384;
+  std::size_t max_bodies_bytes = std::size_t{2} << 30;
   std::size_t max_queued_samples = 20000;
+  // Of accepted training requests that are not done.
+  std::size_t max_model_requests = 8192;
+  std::size_t max_model_bytes = std::size_t{2} << 30;
+  std::size_t max_requests = 65536;
+  std::size_t max_requests_bytes = std::size_t{16} << 30;
   std::chrono::seconds session_timeout{300};
   double snapshot_seconds = 60;  // of compute between two snapshots
   std::filesystem::path worker_program;

@@ -69,6 +69,7 @@ http::ServerOptions http_options(const ServeOptions& options) {
   http.host = options.host;
   http.port = options.port;
   http.max_body_bytes = options.max_body_bytes;
+  http.max_bodies_bytes = options.max_bodies_bytes;
   http.max_connections = options.max_connections;
   return http;
 }
@@ -96,6 +97,10 @@ dispatch::Options dispatch_options(const ServeOptions& serve, const DataDir& dat
 futures::Options futures_options(const ServeOptions& options) {
   futures::Options result;
   result.max_queued_samples = options.max_queued_samples;
+  result.max_model_requests = options.max_model_requests;
+  result.max_model_bytes = options.max_model_bytes;
+  result.max_requests = options.max_requests;
+  result.max_bytes = options.max_requests_bytes;
   return result;
 }
 

@@ -106,6 +106,11 @@ NumberState Dispatch::number_state(const std::string& model, std::int64_t seq) c
   return group == nullptr ? NumberState::fresh : group->find_lane(model)->state(seq);
 }
 
+bool Dispatch::all_wait_for(const std::string& model, std::int64_t seq) const {
+  Group* group = impl_->group_of(model);
+  return group != nullptr && group->find_lane(model)->all_wait_for(seq);
+}
+
 void Dispatch::submit(const Item& item) {
   impl_->group(item.base_dir).submit(item);
 }

@@ -142,6 +142,8 @@ class Dispatch {
   void set_token_table(const std::string& base_dir, const std::string& path);
 
   NumberState number_state(const std::string& model, std::int64_t seq) const;
+  // Every accepted request of the model that is not done waits for this number.
+  bool all_wait_for(const std::string& model, std::int64_t seq) const;
   void submit(const Item& item);
   // The number will never come. False: there is no such lane.
   bool consume(const std::string& model, std::int64_t seq);

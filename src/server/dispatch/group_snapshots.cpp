@@ -171,7 +171,11 @@ void Group::drop_covered(const SnapshotCut& cut) {
     if (of == nullptr) continue;
     while (!of->entries().empty() && of->entries().begin()->first <= seq) {
       const Item item = of->entries().begin()->second.item;
-      if (item.kind == Kind::publish && versions_.contains(item.version)) versions_[item.version].on_disk = true;
+      if (item.kind == Kind::publish && versions_.contains(item.version)) {
+        Version& version = versions_[item.version];
+        version.on_disk = true;
+        version.made = !version.failed;  // a recovery has not seen it made
+      }
       forget(*of, item.seq);
     }
   }

@@ -17,6 +17,11 @@ NumberState Lane::state(std::int64_t seq) const {
   return seq < horizon_ ? NumberState::passed : NumberState::fresh;
 }
 
+bool Lane::all_wait_for(std::int64_t seq) const {
+  return seq == horizon_ && std::all_of(entries_.begin(), entries_.lower_bound(seq),
+                                        [](const auto& entry) { return entry.second.item.completed; });
+}
+
 Entry& Lane::add(const Item& item) {
   Entry& entry = entries_[item.seq];
   entry.item = item;

@@ -45,6 +45,8 @@ class Lane {
   const std::map<std::int64_t, Entry>& entries() const { return entries_; }
   const std::set<std::int64_t>& consumed() const { return consumed_; }
   NumberState state(std::int64_t seq) const;
+  // Nothing without an outcome lies below it.
+  bool all_wait_for(std::int64_t seq) const;
 
   Entry& add(const Item& item);
   void consume(std::int64_t seq);

@@ -21,7 +21,7 @@
 namespace ht::futures {
 
 // Thrown by submit() beside Error(user): nothing was accepted, the same request may come again.
-class Busy : public Error {  // 429: too many samples are queued
+class Busy : public Error {  // 429: too much is queued
  public:
   explicit Busy(const std::string& message) : Error(ErrorCategory::server, message) {}
 };

@@ -361,14 +361,5 @@ TEST_F(FuturesTest, ASnapshotIsFoundInAMovedDataDirectory) {
   EXPECT_THAT(text(submit(step("s:m", 7, 7))), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
 }
 
-TEST_F(FuturesTest, TooManySamplesAreRefused) {
-  options_.futures.max_queued_samples = 3;
-  options_.model_dir = "";  // never ready
-  start();
-  for (int i = 0; i < 3; ++i) submit(sample("s", i, "", "", 5));
-  EXPECT_THROW(submit(sample("s", 3, "", "", 5)), Busy);
-  submit(sample("s", 1, "", "", 5));  // a repeated one is no new one
-}
-
 }  // namespace
 }  // namespace ht::futures::toy

@@ -20,6 +20,12 @@ struct Options {
   std::size_t memory_bytes = std::size_t{256}
                              << 20;        // of requests and of results held in memory, each; more is re-read
   std::size_t max_queued_samples = 20000;  // then Busy
+  // Training requests that were accepted and are not done, parked ones included: then Busy. One that all open requests
+  // of its model wait for is accepted whatever there is: a gap can be filled.
+  std::size_t max_model_requests = 8192;
+  std::size_t max_model_bytes = std::size_t{2} << 30;
+  std::size_t max_requests = 65536;               // of all models
+  std::size_t max_bytes = std::size_t{16} << 30;  // ditto, and of samples
   std::chrono::milliseconds housekeeping{5000};
 };
 

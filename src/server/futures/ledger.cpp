@@ -108,6 +108,40 @@ void Ledger::check_number(const Submission& submission) const {
   }
 }
 
+void Ledger::check_load(const Submission& submission, std::size_t bytes) const {
+  std::string full;
+  const auto check = [&full](std::size_t have, std::size_t more, std::size_t limit, const char* unit,
+                             const char* where) {
+    if (!full.empty() || have + more <= limit) return;
+    full = std::to_string(have) + unit + " of training requests " + where + " wait to be done, at most " +
+           std::to_string(limit) + " are taken: try again later";
+  };
+  check(open_.bytes, bytes, options_.max_bytes, " bytes", "and samples");
+  if (!submission.model_id.empty()) {
+    const auto found = open_of_.find(submission.model_id);
+    const Load of_model = found == open_of_.end() ? Load{} : found->second;
+    check(of_model.requests, 1, options_.max_model_requests, "", "of this model");
+    check(of_model.bytes, bytes, options_.max_model_bytes, " bytes", "of this model");
+    check(open_.requests, 1, options_.max_requests, "", "of all models");
+    if (!full.empty() && dispatch_.all_wait_for(submission.model_id, submission.seq_id)) return;
+  }
+  if (!full.empty()) throw Busy(full);
+}
+
+void Ledger::count_open(const Entry& entry, bool opened) {
+  const std::size_t bytes = entry.submitted.length;
+  const auto count = [opened, bytes](Load& load, std::size_t requests) {
+    load.requests = opened ? load.requests + requests : load.requests - requests;
+    load.bytes = opened ? load.bytes + bytes : load.bytes - bytes;
+  };
+  const std::string& model = entry.submission.model_id;
+  count(open_, model.empty() ? 0 : 1);
+  if (model.empty()) return;
+  Load& of_model = open_of_[model];
+  count(of_model, 1);
+  if (of_model.requests == 0) open_of_.erase(model);
+}
+
 Submitted Ledger::submit(Submission submission) {
   if (const auto known = by_key_.find(submission.natural_key); known != by_key_.end()) {
     const Submission& first = entries_.at(known->second).submission;
@@ -124,10 +158,19 @@ Submitted Ledger::submit(Submission submission) {
   const std::size_t bytes = work.size();
   // A request that fits no lane is refused before it is written.
   item_of(number, submission, bytes);
+  std::string record = submitted_record(number, submission, std::move(work));
+  const std::size_t most = std::min(journal_.options().max_record_bytes, wp::kMaxFrameBytes);
+  if (record.size() > most) {
+    submission.failure = Failed{ErrorCategory::user, "the request has " + std::to_string(record.size()) +
+                                                         " bytes when decoded: at most " + std::to_string(most) +
+                                                         " are possible, use smaller batches"};
+    record = submitted_record(number, submission, {});
+  }
+  if (!submission.failure) check_load(submission, record.size());
   store::RecordPosition position;
   try {
     if (!submission.failure) inputs_.keep(number, submission.work);
-    position = journal_.append(submitted_record(number, submission, std::move(work)));
+    position = journal_.append(record);
   } catch (const Error& error) {
     inputs_.drop_if([number](Number kept) { return kept == number; });
     throw Unavailable(std::string("the request was not accepted: ") + error.what());
@@ -144,6 +187,7 @@ void Ledger::accept(Number number, Submission submission, std::size_t bytes, con
   Entry& entry = entries_[number];
   entry.submission = std::move(submission);
   entry.submitted = position;
+  count_open(entry, true);
   if (entry.submission.failure) {
     set_done(number, std::make_shared<const Outcome>(*entry.submission.failure), {}, unix_ms());
   } else if (work_bytes_ + bytes <= options_.memory_bytes) {
@@ -157,8 +201,9 @@ void Ledger::accept(Number number, Submission submission, std::size_t bytes, con
 
 void Ledger::consume(const std::string& model_id, std::int64_t seq_id) {
   if (seq_id < 1 || seq_id == dispatch::kDropSeq) return;
-  if (dispatch_.base_dir_of(model_id).empty()) return;
-  if (dispatch_.number_state(model_id, seq_id) != dispatch::NumberState::fresh) return;
+  // A model whose base is not served now has no lane: its record waits for the base's return.
+  if (!dispatch_.base_dir_of(model_id).empty() &&
+      dispatch_.number_state(model_id, seq_id) != dispatch::NumberState::fresh) return;
   write(consumed_record(model_id, seq_id),
         [this, model_id, seq_id](const store::RecordPosition&) { dispatch_.consume(model_id, seq_id); });
 }

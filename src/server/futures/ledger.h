@@ -52,6 +52,10 @@ class Ledger final : public JournalledFutures {
     std::shared_ptr<const Outcome> outcome;  // or nothing: re-read it
     std::vector<std::shared_ptr<boost::asio::steady_timer>> waiters;
   };
+  // Requests that are not done.
+  struct Load {
+    std::size_t requests = 0, bytes = 0;
+  };
   // What waits for the journal (disk full): nothing that depends on it is told before.
   struct Pending {
     std::string record;
@@ -61,6 +65,8 @@ class Ledger final : public JournalledFutures {
 
   // ledger.cpp
   void check_number(const Submission& submission) const;
+  void check_load(const Submission& submission, std::size_t bytes) const;
+  void count_open(const Entry& entry, bool opened);
   void accept(Number number, Submission submission, std::size_t bytes, const store::RecordPosition& position);
   Entry* find(const std::string& request_id, PollState* missing);
   void describe_queue(const Entry& entry, Poll& poll) const;
@@ -96,6 +102,8 @@ class Ledger final : public JournalledFutures {
   std::map<Operation, Completion> completions_;
   Inputs inputs_;
 
+  Load open_;                                      // training requests; the bytes of samples too
+  std::unordered_map<std::string, Load> open_of_;  // by model
   Number next_number_ = 1;
   std::unordered_map<Number, Entry> entries_;
   std::unordered_map<std::string, Number> by_key_;

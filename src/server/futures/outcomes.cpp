@@ -62,9 +62,10 @@ void Ledger::finish(Number number, Outcome outcome, dispatch::Effect effect) {
   found->second.finishing = true;
   const std::int64_t now = unix_ms();
   std::string record = completed_record(number, outcome, effect, now);
-  if (record.size() > store::Journal::kMaxRecordBytes) {
+  const std::size_t most = journal_.options().max_record_bytes;
+  if (record.size() > most) {
     outcome = Failed{ErrorCategory::server, "the result has " + std::to_string(record.size()) + " bytes: at most " +
-                                                std::to_string(store::Journal::kMaxRecordBytes) + " can be kept"};
+                                                std::to_string(most) + " can be kept"};
     record = completed_record(number, outcome, effect, now);
   }
   auto shared = std::make_shared<const Outcome>(std::move(outcome));
@@ -77,6 +78,7 @@ void Ledger::finish(Number number, Outcome outcome, dispatch::Effect effect) {
 void Ledger::set_done(Number number, std::shared_ptr<const Outcome> outcome, const store::RecordPosition& position,
                       std::int64_t time_ms) {
   Entry& entry = entries_.at(number);
+  count_open(entry, false);
   entry.done = true;
   entry.finishing = false;
   entry.completed = position;

@@ -122,6 +122,9 @@ void Ledger::recover() {
     if (dispatch_.has_group(lane.base_dir)) dispatch_.restore_lane(lane);
     foreign_groups_ = foreign_groups_ || !dispatch_.has_group(lane.base_dir);
   }
+  for (const auto& [number, entry] : entries_) {
+    if (!entry.done) count_open(entry, true);
+  }
   std::size_t unfinished = 0;
   for (const auto& [number, item] : replayed.items) {
     if (!item.completed) ++unfinished;

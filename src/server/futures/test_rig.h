@@ -24,6 +24,7 @@ struct RigOptions {
   Options futures;
   dispatch::Options dispatch;
   std::uint64_t segment_bytes = 1 << 20;
+  std::size_t max_record_bytes = std::size_t{1} << 30;
   std::string backend_config = R"({"delay_us":0,"compute":0.01})";
   std::string model_dir = kBase;
 };

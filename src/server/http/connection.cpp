@@ -24,7 +24,8 @@ namespace {
 
 constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
 constexpr std::size_t kIdleReadBytes = 2048;         // what an idle connection holds ready
-constexpr std::size_t kRefusedHeadBytes = 64 << 10;  // of a refused body, for on_refused_body
+// Of a refused body, for on_refused_body: a zstd frame gives nothing before its first block, of up to 128 KiB, is whole.
+constexpr std::size_t kRefusedHeadBytes = 192 << 10;
 constexpr std::size_t kBodyStepBytes = 64 << 10;     // the least and
 constexpr std::size_t kBodyStepMax = 4 << 20;        // the most that a body grows by at once
 
@@ -144,15 +145,23 @@ awaitable<void> Connection::read_request(Incoming& incoming) {
   }
   // Memory follows what has come, not what the header promises.
   std::string& body = request.body;
+  incoming.share = BodyShare(shared_.bodies_bytes, options.max_bodies_bytes);
   const std::size_t cap = too_large ? kRefusedHeadBytes : options.max_body_bytes + 1;
   while (!parser.is_done() && body.size() < cap) {
     const std::size_t have = body.size();
     std::size_t step = std::min({std::clamp(have, kBodyStepBytes, kBodyStepMax), cap - have});
     if (length) step = std::min<std::uint64_t>(step, std::max<std::uint64_t>(*length - have, 1));
+    if (!incoming.share.resize(have + step)) {
+      refuse(503, "the request bodies in flight reach " + std::to_string(options.max_bodies_bytes) +
+                      " bytes: try again later");
+      incoming.refusal.headers.emplace_back("retry-after", "1");
+      co_return;
+    }
     body.resize(have + step);
     parser.get().body() = {body.data() + have, step, true};
     const auto [error, bytes] = co_await beast::http::async_read(stream_, buffer_, parser, kAwait);
     body.resize(have + step - parser.get().body().size);
+    incoming.share.resize(body.size());
     if (error && error != beast::http::error::need_buffer) {
       // A broken transfer: whole requests only reach a handler.
       co_return fail(error);

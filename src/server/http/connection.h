@@ -17,6 +17,35 @@ namespace ht::http {
 
 class Connection;
 
+// What one request's body takes of ServerOptions::max_bodies_bytes.
+class BodyShare {
+ public:
+  BodyShare() = default;
+  BodyShare(std::size_t& total, std::size_t limit) : total_(&total), limit_(limit) {}
+  BodyShare(BodyShare&& other) noexcept { *this = std::move(other); }
+  BodyShare& operator=(BodyShare&& other) noexcept {
+    std::swap(total_, other.total_);
+    std::swap(limit_, other.limit_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~BodyShare() {
+    if (total_ != nullptr) *total_ -= bytes_;
+  }
+  // False: there is not as much left, and nothing changed.
+  bool resize(std::size_t bytes) {
+    if (bytes > bytes_ && bytes - bytes_ > limit_ - *total_) return false;
+    *total_ += bytes - bytes_;
+    bytes_ = bytes;
+    return true;
+  }
+
+ private:
+  std::size_t* total_ = nullptr;
+  std::size_t limit_ = 0;
+  std::size_t bytes_ = 0;
+};
+
 struct Shared {
   Shared(boost::asio::io_context& io_context, ServerOptions server_options, const Router& server_router)
       : io(io_context),
@@ -32,7 +61,8 @@ struct Shared {
   boost::asio::ip::tcp::acceptor acceptor;
   boost::asio::steady_timer grace_timer;
   std::unordered_set<std::shared_ptr<Connection>> connections;
-  std::uint16_t port = 0;  // bound
+  std::uint16_t port = 0;        // bound
+  std::size_t bodies_bytes = 0;  // held by BodyShares
   bool stopping = false;
 };
 
@@ -52,6 +82,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   enum class Next { answer, refuse, close };
   struct Incoming {
     Next next = Next::close;
+    BodyShare share;
     Request request;
     std::string path;  // as sent
     bool keep_alive = false;

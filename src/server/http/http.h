@@ -77,6 +77,7 @@ struct ServerOptions {
   std::string host = "127.0.0.1";
   std::uint16_t port = 8000;  // 0: any free port
   std::size_t max_body_bytes = std::size_t{256} << 20;
+  std::size_t max_bodies_bytes = std::size_t{2} << 30;  // of all requests being read or answered; then 503
   std::size_t max_header_bytes = 32 << 10;
   std::size_t max_connections = 16384;
   // Of one request once its first byte came, and of one response; each MiB of a body adds a second.

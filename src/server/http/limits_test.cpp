@@ -67,6 +67,36 @@ TEST_F(ServerTest, StalledRequestsAndIdleConnectionsAreClosed) {
   EXPECT_GT(Clock::now() - begin, milliseconds(1900));
 }
 
+TEST_F(ServerTest, BodiesInFlightAreLimited) {
+  std::atomic<bool> entered = false, go = false;
+  router_.add("POST", "/x", [&](const Request& request) -> awaitable<Response> {
+    entered = true;
+    asio::steady_timer timer(co_await asio::this_coro::executor);
+    while (!go) {
+      timer.expires_after(milliseconds(1));
+      co_await timer.async_wait(asio::use_awaitable);
+    }
+    co_return Response{200, "text/plain", std::to_string(request.body.size()), {}};
+  });
+  ServerOptions options;
+  options.max_bodies_bytes = 1 << 20;
+  int consumed = 0;
+  start(options, [&](const Request&) { ++consumed; });
+  const std::string large = post_text("/x", std::string(600 << 10, 'a'));
+  Client first(port());
+  first.send(large);
+  while (!entered) std::this_thread::sleep_for(milliseconds(1));
+  const Answer refused = Client(port()).ask(large);
+  EXPECT_EQ(refused.status, 503);
+  EXPECT_NE(refused.head.find("retry-after: 1"), std::string::npos) << refused.head;
+  EXPECT_NE(refused.body.find("1048576"), std::string::npos);
+  go = true;
+  EXPECT_EQ(Client(port()).ask(post_text("/x", "small")).body, "5");
+  EXPECT_EQ(first.read().body, "614400");
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(Client(port()).ask(large).body, "614400");  // nothing of it stays taken
+  EXPECT_EQ(consumed, 0);
+}
+
 TEST_F(ServerTest, BodyLimit) {
   router_.add("POST", "/runs/{run}", echo_size());
   ServerOptions options;

@@ -226,9 +226,9 @@ void Journal::open_segment(std::uint64_t segment) {
 }
 
 RecordPosition Journal::append(std::string_view payload) {
-  if (payload.size() > kMaxRecordBytes) {
+  if (payload.size() > options_.max_record_bytes) {
     throw server_error("a journal record of " + std::to_string(payload.size()) + " bytes: at most " +
-                       std::to_string(kMaxRecordBytes) + " are allowed");
+                       std::to_string(options_.max_record_bytes) + " are allowed");
   }
   if (broken_) {
     if (::ftruncate(fd_, static_cast<off_t>(size_)) != 0)

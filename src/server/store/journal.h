@@ -22,6 +22,7 @@ enum class Durability {
 struct JournalOptions {
   std::filesystem::path dir;  // made if absent
   std::uint64_t segment_bytes = std::uint64_t{64} << 20;
+  std::size_t max_record_bytes = std::size_t{1} << 30;
   Durability durability = Durability::process;
 };
 
@@ -39,8 +40,6 @@ void sync_path(const std::filesystem::path& path);
 
 class Journal {
  public:
-  static constexpr std::size_t kMaxRecordBytes = std::size_t{1} << 30;
-
   // Checks every record. A torn tail (an incomplete last record, and nothing valid behind it) is cut off. Throws
   // Error(server) naming file and offset for damage anywhere else, and when another process has the journal open.
   explicit Journal(JournalOptions options);

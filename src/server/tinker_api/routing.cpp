@@ -12,17 +12,21 @@ bool accepted_key(std::string_view key) {
   return key.starts_with("tml-") || key.starts_with("eyJ");
 }
 
+http::Response retry_later(int status, std::string_view message) {
+  http::Response response = http::error_response(status, message);
+  response.headers.emplace_back("retry-after", "1");
+  return response;
+}
+
 http::Response answer_error(const std::exception_ptr& thrown, const http::Request& request) {
   try {
     std::rethrow_exception(thrown);
   } catch (const HttpError& error) {
     return http::error_response(error.status(), error.what());
   } catch (const futures::Busy& error) {
-    return http::error_response(429, error.what());
+    return retry_later(429, error.what());
   } catch (const futures::Unavailable& error) {
-    http::Response response = http::error_response(503, error.what());
-    response.headers.emplace_back("retry-after", "1");
-    return response;
+    return retry_later(503, error.what());
   } catch (const Error& error) {
     if (error.category() == ErrorCategory::user) return http::error_response(400, error.what());
     spdlog::error("{} {}: {}", request.method, request.path, error.what());
