@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tinker
 
-from conftest import LLAMA
+from conftest import LLAMA, QWEN
 from datums import adam, logprobs_of, random_datum, random_tokens, sample_tokens, sequence_datum, train_step
 from server import Server
 
@@ -69,6 +69,70 @@ def test_killed_again_and_again_between_snapshots(make_server, connect, kill):
     server = make_server("cuts", None, "--snapshot-seconds", "0.02")
     assert shared_run(server, connect, kill_at=[2, 3, 5], kill=count_and_kill) == undisturbed
     assert made[0] >= 2 and snapshots_made(server) >= 1
+
+
+def test_adapters_come_back_from_a_snapshot_alone(make_server, connect):
+    """Moments, gradients that wait for their step, the step count and sampler versions, with no replay behind them."""
+    server = make_server("cut", None, "--snapshot-seconds", "0.001")
+    service = connect(server)
+    data = [random_datum(1, 20)]
+    curves = []
+    for die in (False, True):
+        client = service.create_lora_training_client(base_model=LLAMA, rank=8, seed=2).result()
+        curve = [train_step(client, data) for _ in range(3)]
+        sampler = client.save_weights_and_get_sampling_client().result()
+        client.forward_backward([random_datum(2, 20)], loss_fn="cross_entropy").result()
+        if die:
+            wait_for_a_cut(server, service)
+            restart(server)
+        curve.append(client.optim_step(adam()).result().metrics["grad_norm"])
+        curve += [train_step(client, data) for _ in range(2)]
+        curves.append(curve + [sample_tokens(sampler, list(range(10, 30)), seed=1, max_tokens=16, stop=[])])
+    assert curves[0] == curves[1]
+
+
+def wait_for_a_cut(server, service):
+    """A snapshot begun after this call."""
+    made = snapshots_made(server)
+    other = service.create_lora_training_client(base_model=LLAMA, rank=1, seed=2).result()
+    for _ in range(200):
+        train_step(other, [random_datum(1, 200)])
+        if snapshots_made(server) >= made + 2:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no snapshot was made")
+
+
+def test_a_base_model_missing_after_a_restart(make_server, connect, tiny_llama, tiny_qwen):
+    """Calls of its models say so; the others go on; when it is back, so are they."""
+    both = {LLAMA: tiny_llama, QWEN: tiny_qwen}
+    server = make_server("bases", both)
+    service = connect(server)
+    data = [random_datum(1, 20)]
+
+    def make():
+        return [service.create_lora_training_client(base_model=base, rank=4, seed=2).result() for base in both]
+
+    expected = [[train_step(client, data) for _ in range(4)] for client in make()]
+    clients = make()
+    curves = [[train_step(client, data) for _ in range(2)] for client in clients]
+    path = clients[1].save_weights_for_sampler("kept").result().path
+    server.stop()
+    server.models = {LLAMA: tiny_llama}
+    server.start()
+    curves[0].append(train_step(clients[0], data))
+    with pytest.raises(tinker.TinkerError, match=QWEN):
+        clients[1].forward_backward(data, loss_fn="cross_entropy").result()
+    with pytest.raises(tinker.TinkerError, match=QWEN):
+        service.create_sampling_client(model_path=path).result()
+    with pytest.raises(tinker.TinkerError, match=QWEN):
+        service.create_lora_training_client(base_model=QWEN, rank=4).result()
+    server.stop()
+    server.models = both
+    server.start()
+    curves[0].append(train_step(clients[0], data))
+    curves[1] += [train_step(clients[1], data) for _ in range(2)]
+    assert curves == expected
 
 
 def test_what_was_listed_is_listed_after_a_restart(make_server, connect):

@@ -118,8 +118,8 @@ TEST_F(ServerTest, BodyLimit) {
   stop();
   ASSERT_EQ(refused.size(), 2U);
   EXPECT_EQ(refused[0].params.at("run"), "r:1");
-  EXPECT_EQ(refused[0].body, std::string(64 << 10, 'b'));
-  EXPECT_EQ(refused[1].body, std::string(64 << 10, 'c'));
+  EXPECT_EQ(refused[0].body, std::string(192 << 10, 'b'));
+  EXPECT_EQ(refused[1].body, std::string(192 << 10, 'c'));
 }
 
 TEST_F(ServerTest, PromisedBytesTakeNoMemory) {

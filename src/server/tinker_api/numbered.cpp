@@ -21,6 +21,7 @@ Numbered begin_numbered(Context& context, futures::Operation operation, const st
   if (seq_id < 1 || seq_id > kMaxSeqId) {
     throw user_error("seq_id = " + std::to_string(seq_id) + " is outside [1, " + std::to_string(kMaxSeqId) + "]");
   }
+  if (context.catalogue.find_dir(numbered.model.base_dir) == nullptr) context.futures.consume(model_id, seq_id);
   numbered.served = &served_dir(context, numbered.model.base_dir, numbered.model.base_model);
   futures::Submission& submission = numbered.submission;
   submission.operation = operation;
