@@ -1,11 +1,11 @@
 """save, load, list, TTL, delete; what a checkpoint contains; and that training continues from it unchanged."""
 
 import json
+import sqlite3
 import struct
 
 import pytest
 import tinker
-from tinker import types
 
 from conftest import LLAMA, QWEN
 from datums import random_datum, sample_tokens, train_step
@@ -67,12 +67,24 @@ def test_loading_into_an_existing_model(service, client):
     assert train_step(client, DATA) == first
 
 
-def test_names_are_not_reused_silently(client):
-    client.save_state("name", user_metadata={"step": "1"}).result()
+def test_names_are_not_reused_silently(server, client):
+    first = client.save_state("name", user_metadata={"step": "1"}).result().path
+    files = files_of(server, first)
+    train_step(client, DATA)
     with pytest.raises(tinker.RequestFailedError, match="name"):
         client.save_state("name").result()
-    train_step(client, DATA)
-    client.save_state("name", overwrite=True, user_metadata={"step": "2"}).result()
+    assert files_of(server, first) == files
+
+
+def test_overwriting_replaces_weights_and_metadata(service, client):
+    path = client.save_state("rolling", user_metadata={"step": "0"}).result().path
+    for _ in range(3):
+        train_step(client, DATA)
+    assert client.save_state("rolling", overwrite=True, user_metadata={"step": "3"}).result().path == path
+    (listed,) = service.create_rest_client().list_checkpoints(client.model_id).result().checkpoints
+    assert (listed.tinker_path, listed.user_metadata) == (path, {"step": "3"})
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    assert train_step(resumed, DATA) == train_step(client, DATA)
 
 
 def test_lists_metadata_ttl_and_deletion(service, client):
@@ -91,6 +103,71 @@ def test_lists_metadata_ttl_and_deletion(service, client):
         rest.delete_checkpoint(client.model_id, "sampler_weights/dying").result()
     with pytest.raises((tinker.NotFoundError, tinker.PermissionDeniedError)):
         service.create_sampling_client(model_path=dying).result()
+
+
+def test_ttl_can_be_changed_and_removed(service, client):
+    rest = service.create_rest_client()
+    path = client.save_state("timed", ttl_seconds=7200).result().path
+
+    def expires_at():
+        (checkpoint,) = rest.list_checkpoints(client.model_id).result().checkpoints
+        return checkpoint.expires_at
+
+    first = expires_at()
+    rest.set_checkpoint_ttl_from_tinker_path(path, 14400).result()
+    assert (expires_at() - first).total_seconds() == pytest.approx(7200, abs=60)
+    rest.set_checkpoint_ttl_from_tinker_path(path, None).result()
+    assert expires_at() is None
+    with pytest.raises(tinker.BadRequestError, match="5"):
+        rest.set_checkpoint_ttl_from_tinker_path(path, 5).result()
+
+
+def test_an_expired_checkpoint_is_gone(make_server, connect):
+    """The shortest TTL is an hour, so the hour is taken out of the server's records while it is down."""
+    server = make_server("ttl")
+    service = connect(server)
+    client = service.create_lora_training_client(base_model=LLAMA, rank=4, seed=1).result()
+    dead = client.save_state("dead", ttl_seconds=3600).result().path
+    alive = client.save_state("alive", ttl_seconds=7200).result().path
+    files = files_of(server, dead)
+    server.stop()
+    with sqlite3.connect(server.data_dir / "server.sqlite") as database:
+        changed = database.execute("UPDATE checkpoints SET expires_ms = expires_ms - 3600000")
+        assert changed.rowcount == 2
+    database.close()
+    server.start()
+    listed = service.create_rest_client().list_checkpoints(client.model_id).result().checkpoints
+    assert [checkpoint.tinker_path for checkpoint in listed] == [alive]
+    with pytest.raises(tinker.NotFoundError, match=dead):
+        service.create_training_client_from_state(dead).result()
+    assert service.create_training_client_from_state(alive).result().model_id
+    assert not files.exists()
+    assert client.save_state("dead").result().path == dead
+    train_step(client, DATA)
+
+
+def test_training_runs_are_paged(service):
+    rest = service.create_rest_client()
+    clients = [service.create_lora_training_client(base_model=LLAMA, rank=r).result() for r in (1, 2, 4)]
+    first = rest.list_training_runs(limit=2).result()
+    second = rest.list_training_runs(limit=2, offset=2).result()
+    assert first.cursor.total_count == second.cursor.total_count >= 3
+    ids = [run.training_run_id for run in first.training_runs + second.training_runs]
+    assert len(set(ids)) == len(ids) >= 3
+    every = rest.list_training_runs(limit=1000).result().training_runs
+    ranks = {run.training_run_id: run.lora_rank for run in every}
+    assert [ranks[client.model_id] for client in clients] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("left_out", ["train_attn", "train_mlp", "train_unembed"])
+def test_weights_info_tells_what_is_trained(service, left_out):
+    client = service.create_lora_training_client(base_model=LLAMA, rank=4, **{left_out: False}).result()
+    path = client.save_state("parts").result().path
+    info = service.create_rest_client().get_weights_info_by_tinker_path(path).result()
+    for part in ("train_attn", "train_mlp", "train_unembed"):
+        assert getattr(info, part) == (part != left_out)
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    assert train_step(resumed, DATA) == train_step(client, DATA)
 
 
 def test_training_run_and_weights_info(service, client):

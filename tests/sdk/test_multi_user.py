@@ -39,24 +39,30 @@ def test_three_adapters_of_unequal_rank_train_at_once(server, connect):
 
 
 def test_queued_small_calls_share_micro_batches(make_server, connect):
-    """3 adapters × 8 queued calls of a few tokens in at most half the micro-batches of serial execution (24)."""
+    """3 adapters × 8 queued calls of a few tokens in at most half the micro-batches of serial execution."""
     server = make_server("merged")
     service = connect(server)
     clients = [service.create_lora_training_client(base_model=LLAMA, rank=rank, seed=1).result() for rank in RANKS]
+    data = [[random_datum(index, 6)] for index in range(8)]
+    serial = []
+    for one in data:
+        serial += [client.forward_backward(one, loss_fn="cross_entropy").result() for client in clients]
+    assert server.micro_batches() == 24
     blocker = service.create_lora_training_client(base_model=LLAMA, rank=1, seed=1).result()
     before = server.micro_batches()
     # Runs alone first, so that the 24 calls are all queued when the worker looks again.
     long = blocker.forward_backward([random_datum(1, 2048)] * 4, loss_fn="cross_entropy")
     calls = [
-        client.forward_backward([random_datum(index, 6)], loss_fn="cross_entropy")
-        for index in range(8)
+        client.forward_backward(one, loss_fn="cross_entropy")
+        for one in data
         for client in clients
     ]
-    for call in calls:
-        call.result()
+    merged = [call.result() for call in calls]
     long.result()
     own = 4  # the blocker's four datums of the whole token budget
     assert 1 <= server.micro_batches() - before - own <= 12
+    for one, other in zip(serial, merged):
+        assert other.metrics["loss:sum"] == pytest.approx(one.metrics["loss:sum"], rel=1e-5)
 
 
 def test_two_bases_serve_side_by_side(service):
