@@ -68,11 +68,11 @@ def test_loading_into_an_existing_model(service, client):
 
 
 def test_names_are_not_reused_silently(server, client):
-    first = client.save_state("name", user_metadata={"step": "1"}).result().path
+    first = client.save_state("taken", user_metadata={"step": "1"}).result().path
     files = files_of(server, first)
     train_step(client, DATA)
-    with pytest.raises(tinker.RequestFailedError, match="name"):
-        client.save_state("name").result()
+    with pytest.raises(tinker.RequestFailedError, match="taken"):
+        client.save_state("taken").result()
     assert files_of(server, first) == files
 
 

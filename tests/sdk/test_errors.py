@@ -11,7 +11,7 @@ from tinker import types
 from tinker.proto import tinker_public_pb2 as wire
 
 from conftest import LLAMA
-from datums import VOCAB, adam, random_datum, random_tokens, rl_datum, sequence_datum, train_step
+from datums import VOCAB, random_datum, random_tokens, rl_datum, sequence_datum, train_step
 
 TOKENS = random_tokens(1, 9)
 
