@@ -27,6 +27,7 @@
 #include "server/http/http.h"
 #include "server/sessions/sessions.h"
 #include "server/store/database.h"
+#include "server/store/file_work.h"
 #include "server/store/journal.h"
 #include "server/tinker_api/api.h"
 
@@ -117,7 +118,7 @@ class Application {
         listening_(listen()),
         database_(data_.path() / "server.sqlite", options.durability),
         sessions_(sessions::make_sessions(database_)),
-        checkpoints_(checkpoints::make_checkpoints(database_, data_.path())),
+        checkpoints_(checkpoints::make_checkpoints(database_, file_work_, data_.path())),
         journal_({.dir = data_.journal(), .durability = options.durability}),
         dispatch_(io_, dispatch_options(options, data_), groups_of(options, catalogue_)),
         futures_(futures::make_futures(io_, journal_, dispatch_, futures_options(options))),
@@ -240,7 +241,10 @@ class Application {
   void expire(int round) {
     try {
       sessions_->expire(options_.session_timeout);
-      if (round % kCheckpointExpiryRounds == 0) checkpoints_->expire();
+      if (round % kCheckpointExpiryRounds == 0) {
+        checkpoints_->expire();
+        tinker_api::sweep_versions(context_);
+      }
     } catch (const std::exception& error) {
       spdlog::error("expiry: {}", error.what());
     }
@@ -257,6 +261,7 @@ class Application {
   http::Router router_;
   http::Server server_;
   bool listening_;
+  store::FileWork file_work_{io_};
   store::Database database_;
   std::unique_ptr<sessions::Sessions> sessions_;
   std::unique_ptr<checkpoints::Checkpoints> checkpoints_;

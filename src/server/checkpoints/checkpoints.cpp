@@ -3,15 +3,18 @@
 #include <algorithm>
 #include <bit>
 #include <boost/json.hpp>
+#include <set>
 
 #include "base/error.h"
 #include "base/logging.h"
 #include "server/checkpoints/files.h"
 #include "server/store/database.h"
+#include "server/store/file_work.h"
 
 namespace ht::checkpoints {
 namespace {
 
+namespace asio = boost::asio;
 namespace fs = std::filesystem;
 namespace json = boost::json;
 using std::chrono::milliseconds;
@@ -42,11 +45,11 @@ std::map<std::string, std::string> metadata_from_json(const std::string& text) {
   return metadata;
 }
 
-Checkpoint from_row(const Row& row) {
+Checkpoint from_row(const Row& row, const Files& files) {
   return {.path = {.run = text_of(row[0]),
                    .kind = text_of(row[1]) == name_of(Kind::weights) ? Kind::weights : Kind::sampler_weights,
                    .name = text_of(row[2])},
-          .dir = text_of(row[3]),
+          .dir = files.absolute(text_of(row[3])),
           .created_at = from_ms(row[4]),
           .expires_at = std::holds_alternative<std::nullptr_t>(row[5]) ? std::nullopt : std::optional(from_ms(row[5])),
           .size_bytes = static_cast<std::uint64_t>(integer_of(row[6])),
@@ -68,11 +71,13 @@ Value optional_ms(const std::optional<Clock::time_point>& time) {
 
 class StoredCheckpoints : public Checkpoints {
  public:
-  StoredCheckpoints(store::Database& database, const fs::path& data_dir) : database_(database), files_(data_dir) {
+  StoredCheckpoints(store::Database& database, store::FileWork& file_work, const fs::path& data_dir)
+      : database_(database), file_work_(file_work), files_(std::make_shared<Files>(data_dir)) {
+    files_->empty_staging();
     for (const Row& row : database_.query("SELECT run, kind, name, dir, created_ms, expires_ms, size_bytes, is_public,"
                                           " user_metadata, base_model, base_dir, lora_rank, lora_seed, train_attn,"
                                           " train_mlp, train_unembed, request_id FROM checkpoints ORDER BY rowid")) {
-      remember(from_row(row));
+      remember(from_row(row, *files_));
     }
     delete_doomed();
   }
@@ -86,22 +91,42 @@ class StoredCheckpoints : public Checkpoints {
     }
   }
 
-  fs::path stage(const std::string& request_id) override { return files_.stage(request_id); }
+  fs::path stage(const std::string& request_id) override { return files_->stage(request_id); }
 
-  Checkpoint commit(Checkpoint checkpoint, bool overwrite) override {
-    const auto before = entries_.find(checkpoint.path.str());
-    if (before != entries_.end() && before->second.checkpoint.request_id == checkpoint.request_id) {
-      files_.drop_staged(checkpoint.request_id);
-      return before->second.checkpoint;
+  asio::awaitable<Checkpoint> commit(Checkpoint checkpoint, bool overwrite) override {
+    const std::string id = checkpoint.request_id;
+    const auto known = entries_.find(checkpoint.path.str());
+    if (known != entries_.end() && known->second.checkpoint.request_id == id) {
+      const Checkpoint made = known->second.checkpoint;
+      behind("the staged files of " + id, [files = files_, id] { files->drop_staged(id); });
+      co_return made;
     }
     try {
-      check_free(checkpoint.path, overwrite, checkpoint.request_id);
+      check_free(checkpoint.path, overwrite, id);
     } catch (const Error&) {
-      files_.drop_staged(checkpoint.request_id);
+      behind("the staged files of " + id, [files = files_, id] { files->drop_staged(id); });
       throw;
     }
-    checkpoint.dir = files_.place(checkpoint.path, checkpoint.request_id);
-    checkpoint.size_bytes = Files::size_of(checkpoint.dir);
+    auto place = [files = files_, path = checkpoint.path, id]() -> std::pair<fs::path, std::uint64_t> {
+      const fs::path dir = files->place(path, id);
+      return {dir, Files::size_of(dir)};
+    };
+    const auto placed = co_await file_work_.run(std::move(place));
+    checkpoint.dir = placed.first;
+    checkpoint.size_bytes = placed.second;
+    try {
+      check_free(checkpoint.path, overwrite, id);  // another may have come meanwhile
+    } catch (const Error&) {
+      doom(checkpoint);
+      delete_doomed();
+      throw;
+    }
+    co_return put(std::move(checkpoint));
+  }
+
+  // Registers it in the place of what there was.
+  Checkpoint put(Checkpoint checkpoint) {
+    const auto before = entries_.find(checkpoint.path.str());
     if (checkpoint.created_at == Clock::time_point{}) checkpoint.created_at = Clock::now();
     checkpoint.created_at = truncated(checkpoint.created_at);
     if (checkpoint.expires_at) checkpoint.expires_at = truncated(*checkpoint.expires_at);
@@ -110,7 +135,7 @@ class StoredCheckpoints : public Checkpoints {
       insert_row(checkpoint);
     });
     if (before != entries_.end()) entries_.erase(before);
-    const Checkpoint& kept = remember(std::move(checkpoint));
+    const Checkpoint kept = remember(std::move(checkpoint));
     delete_doomed();
     return kept;
   }
@@ -173,11 +198,22 @@ class StoredCheckpoints : public Checkpoints {
       spdlog::info("checkpoint {} expired", key);
       forget(key);
     }
-    if (!over.empty()) delete_doomed();
+    delete_doomed();
   }
 
-  fs::path version_dir(const std::string& version) override { return files_.version_dir(version); }
-  void remove_version(const std::string& version) override { files_.drop_version(version); }
+  fs::path version_dir(const std::string& version) override { return files_->version_dir(version); }
+
+  void sweep_versions(std::function<bool(const std::string&)> needed) override {
+    auto found = std::make_shared<std::vector<std::string>>();
+    file_work_.post([files = files_, found] { *found = files->versions(); },
+                    [this, found, needed = std::move(needed)](const std::exception_ptr&) {
+                      for (const std::string& version : *found) {
+                        if (needed(version)) continue;
+                        behind("the files of version " + version,
+                               [files = files_, version] { files->drop_version(version); });
+                      }
+                    });
+  }
 
  private:
   struct Entry {
@@ -218,7 +254,7 @@ class StoredCheckpoints : public Checkpoints {
         "INSERT INTO checkpoints (run, kind, name, dir, created_ms, expires_ms, size_bytes, is_public,"
         " user_metadata, base_model, base_dir, lora_rank, lora_seed, train_attn, train_mlp,"
         " train_unembed, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        {c.path.run, std::string(name_of(c.path.kind)), c.path.name, c.dir.string(), to_ms(c.created_at),
+        {c.path.run, std::string(name_of(c.path.kind)), c.path.name, files_->relative(c.dir), to_ms(c.created_at),
          optional_ms(c.expires_at), static_cast<std::int64_t>(c.size_bytes), std::int64_t{c.is_public},
          metadata_to_json(c.user_metadata), c.base_model, c.base_dir, std::int64_t{c.lora.rank},
          std::bit_cast<std::int64_t>(c.lora.seed), std::int64_t{c.lora.train_attn}, std::int64_t{c.lora.train_mlp},
@@ -229,7 +265,11 @@ class StoredCheckpoints : public Checkpoints {
   void erase_row(const Checkpoint& c) {
     database_.execute("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?",
                       {c.path.run, std::string(name_of(c.path.kind)), c.path.name});
-    database_.execute("INSERT OR IGNORE INTO doomed_dirs (dir) VALUES (?)", {c.dir.string()});
+    doom(c);
+  }
+
+  void doom(const Checkpoint& c) {
+    database_.execute("INSERT OR IGNORE INTO doomed_dirs (dir) VALUES (?)", {files_->relative(c.dir)});
   }
 
   void forget(const std::string& key) {
@@ -241,25 +281,41 @@ class StoredCheckpoints : public Checkpoints {
   void delete_doomed() {
     for (const Row& row : database_.query("SELECT dir FROM doomed_dirs")) {
       const std::string dir = text_of(row[0]);
-      try {
-        files_.remove(dir);
-        database_.execute("DELETE FROM doomed_dirs WHERE dir = ?", {dir});
-      } catch (const Error& error) {
-        spdlog::warn("a deleted checkpoint's files stay until the next try: {}", error.what());
-      }
+      if (!being_deleted_.insert(dir).second) continue;
+      behind(
+          "the files of a deleted checkpoint", [files = files_, dir] { files->remove(files->absolute(dir)); },
+          [this, dir](bool deleted) {
+            being_deleted_.erase(dir);
+            if (deleted) database_.execute("DELETE FROM doomed_dirs WHERE dir = ?", {dir});
+          });
     }
   }
 
+  // Nobody waits for it.
+  void behind(std::string what, std::function<void()> removal, std::function<void(bool)> over = {}) {
+    file_work_.post(std::move(removal), [what = std::move(what), over = std::move(over)](std::exception_ptr thrown) {
+      try {
+        if (over) over(thrown == nullptr);
+        if (thrown) std::rethrow_exception(thrown);
+      } catch (const std::exception& error) {
+        spdlog::warn("{} stay until the next try: {}", what, error.what());
+      }
+    });
+  }
+
   store::Database& database_;
-  Files files_;
+  store::FileWork& file_work_;
+  std::shared_ptr<Files> files_;
+  std::set<std::string> being_deleted_;   // doomed
   std::map<std::string, Entry> entries_;  // by tinker path
   std::uint64_t orders_ = 0;
 };
 
 }  // namespace
 
-std::unique_ptr<Checkpoints> make_checkpoints(store::Database& database, const fs::path& data_dir) {
-  return std::make_unique<StoredCheckpoints>(database, data_dir);
+std::unique_ptr<Checkpoints> make_checkpoints(store::Database& database, store::FileWork& file_work,
+                                              const fs::path& data_dir) {
+  return std::make_unique<StoredCheckpoints>(database, file_work, data_dir);
 }
 
 }  // namespace ht::checkpoints

@@ -2,9 +2,12 @@
 
 // The user's checkpoints: tinker:// paths, directories and their records (SQLite), TTL.
 
+#include <boost/asio/awaitable.hpp>
+
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -16,7 +19,8 @@
 
 namespace ht::store {
 class Database;
-}
+class FileWork;
+}  // namespace ht::store
 
 namespace ht::checkpoints {
 
@@ -62,10 +66,12 @@ class Checkpoints {
 
   // Error(user) when `path` exists and neither overwrite is set nor the same request made it.
   virtual void check_free(const TinkerPath& path, bool overwrite, const std::string& request_id) const = 0;
-  // An empty directory for the worker to write into; derived from request_id, so that a repeated request reuses it.
+  // A directory for the worker to write into; derived from request_id, so that a repeated request reuses it. A start
+  // empties them all: what was not committed is saved again.
   virtual std::filesystem::path stage(const std::string& request_id) = 0;
-  // Syncs the staged files, moves them into place, registers. Repeating it for one request_id changes nothing.
-  virtual Checkpoint commit(Checkpoint checkpoint, bool overwrite) = 0;
+  // Syncs the staged files, moves them into place (both off this thread), registers. Repeating it for one request_id
+  // changes nothing.
+  virtual boost::asio::awaitable<Checkpoint> commit(Checkpoint checkpoint, bool overwrite) = 0;
 
   // Not expired, or nothing.
   virtual std::optional<Checkpoint> find(const TinkerPath& path) const = 0;
@@ -77,13 +83,16 @@ class Checkpoints {
   // Deletes what has expired.
   virtual void expire() = 0;
 
-  // Directory for the files of an ephemeral sampler version, and its removal when the session ends.
+  // Directory for the files of an ephemeral sampler version.
   virtual std::filesystem::path version_dir(const std::string& version) = 0;
-  virtual void remove_version(const std::string& version) = 0;
+  // Deletes the directories of all versions that are not `needed`.
+  virtual void sweep_versions(std::function<bool(const std::string& version)> needed) = 0;
 };
 
 // Keeps the files under `data_dir`: checkpoints/<run>/<kind>/<name>~<request>, staging/<request>, versions/<version>.
-// Finishes deletions that a crash cut short. `database` outlives the result.
-std::unique_ptr<Checkpoints> make_checkpoints(store::Database& database, const std::filesystem::path& data_dir);
+// The database names them by their path below it. Finishes deletions that a crash cut short. Directories are removed
+// behind, by `file_work`. Both outlive the result.
+std::unique_ptr<Checkpoints> make_checkpoints(store::Database& database, store::FileWork& file_work,
+                                              const std::filesystem::path& data_dir);
 
 }  // namespace ht::checkpoints

@@ -2,12 +2,21 @@
 
 #include <gmock/gmock.h>
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/io_context.hpp>
+
 #include <fstream>
+#include <optional>
 #include <thread>
 
 #include "base/error.h"
 #include "server/checkpoints/files.h"
 #include "server/store/database.h"
+#include "server/store/file_work.h"
 
 namespace ht::checkpoints {
 namespace {
@@ -28,14 +37,23 @@ class CheckpointsTest : public testing::Test {
   }
   void TearDown() override {
     checkpoints.reset();
+    file_work.reset();
     database.reset();
     fs::remove_all(dir);
   }
   void restart() {
     checkpoints.reset();
+    file_work.reset();
     database.reset();
     database = std::make_unique<store::Database>(dir / "store.sqlite");
-    checkpoints = make_checkpoints(*database, dir);
+    file_work = std::make_unique<store::FileWork>(io);
+    checkpoints = make_checkpoints(*database, *file_work, dir);
+    finish_behind();
+  }
+  // What is removed behind is gone.
+  void finish_behind() {
+    io.restart();
+    io.run();
   }
   // What the worker does.
   void write(const std::string& request, const std::string& content) {
@@ -53,8 +71,21 @@ class CheckpointsTest : public testing::Test {
   }
   Checkpoint save(const std::string& request, const TinkerPath& path = kPath, bool overwrite = false) {
     write(request, "content of " + request);
-    return checkpoints->commit(fields(request, path), overwrite);
+    return commit(fields(request, path), overwrite);
   }
+  Checkpoint commit(Checkpoint checkpoint, bool overwrite) {
+    std::optional<Checkpoint> made;
+    std::exception_ptr thrown;
+    boost::asio::co_spawn(io, checkpoints->commit(std::move(checkpoint), overwrite),
+                          [&](const std::exception_ptr& failure, std::optional<Checkpoint> result) {
+                            thrown = failure;
+                            made = std::move(result);
+                          });
+    finish_behind();
+    if (thrown) std::rethrow_exception(thrown);
+    return made.value();
+  }
+  Checkpoint save_elsewhere() { return save("r0", {"other", Kind::weights, "x"}); }
   static std::string read(const Checkpoint& c) {
     std::ifstream stream(c.dir / "adapter_model.safetensors");
     return std::string(std::istreambuf_iterator<char>(stream), {});
@@ -69,7 +100,9 @@ class CheckpointsTest : public testing::Test {
   }
 
   fs::path dir;
+  boost::asio::io_context io{1};
   std::unique_ptr<store::Database> database;
+  std::unique_ptr<store::FileWork> file_work;
   std::unique_ptr<Checkpoints> checkpoints;
 };
 
@@ -77,7 +110,7 @@ TEST_F(CheckpointsTest, CommittedCheckpointSurvivesARestartWhole) {
   Checkpoint wanted = fields("r1");
   wanted.expires_at = Clock::now() + 1h;
   write("r1", "12345");
-  const Checkpoint made = checkpoints->commit(wanted, false);
+  const Checkpoint made = commit(wanted, false);
   EXPECT_EQ(read(made), "12345");
   EXPECT_TRUE(fs::exists(made.dir / "checkpoint_complete"));
   EXPECT_EQ(made.size_bytes, 5u);
@@ -117,7 +150,7 @@ TEST_F(CheckpointsTest, TakenNameNeedsOverwrite) {
   write("r3", "new");
   Checkpoint other = fields("r3");
   other.user_metadata = {{"other", "x"}};
-  checkpoints->commit(other, true);
+  commit(other, true);
   const Checkpoint now = checkpoints->find(kPath).value();
   EXPECT_EQ(read(now), "new");
   EXPECT_EQ(now.user_metadata, other.user_metadata);
@@ -131,10 +164,10 @@ TEST_F(CheckpointsTest, TakenNameNeedsOverwrite) {
 TEST_F(CheckpointsTest, RepeatedCommitChangesNothing) {
   const Checkpoint made = save("r1");
   for (int round = 0; round < 2; ++round) {
-    EXPECT_EQ(checkpoints->commit(fields("r1"), false).dir, made.dir);
+    EXPECT_EQ(commit(fields("r1"), false).dir, made.dir);
     // The worker may have written again, too.
     write("r1", "again");
-    EXPECT_EQ(checkpoints->commit(fields("r1"), false).created_at, made.created_at);
+    EXPECT_EQ(commit(fields("r1"), false).created_at, made.created_at);
     EXPECT_EQ(read(made), "content of r1");
     EXPECT_EQ(entries(dir / "staging"), 0u);
     restart();
@@ -147,7 +180,7 @@ TEST_F(CheckpointsTest, CrashBetweenMovingAndRegistering) {
   Files(dir).place(kPath, "r1");
   restart();
   EXPECT_EQ(read(*checkpoints->find(kPath)), "content of r0");  // the old one until the new is registered
-  const Checkpoint made = checkpoints->commit(fields("r1"), true);
+  const Checkpoint made = commit(fields("r1"), true);
   EXPECT_EQ(read(made), "new");
 
   // The same, with the worker's files written again before the repeat.
@@ -155,7 +188,7 @@ TEST_F(CheckpointsTest, CrashBetweenMovingAndRegistering) {
   Files(dir).place(kPath, "r2");
   restart();
   write("r2", "newer");
-  EXPECT_EQ(read(checkpoints->commit(fields("r2"), true)), "newer");
+  EXPECT_EQ(read(commit(fields("r2"), true)), "newer");
   EXPECT_EQ(entries(dir / "staging"), 0u);
   EXPECT_EQ(entries(dir / "checkpoints" / "s:train:0" / "weights"), 1u);
 }
@@ -166,13 +199,14 @@ TEST_F(CheckpointsTest, CrashBeforeMoving) {
   restart();
   EXPECT_FALSE(checkpoints->find(kPath));
   write("r1", "x");
-  EXPECT_EQ(read(checkpoints->commit(fields("r1"), false)), "x");
+  EXPECT_EQ(read(commit(fields("r1"), false)), "x");
 }
 
 TEST_F(CheckpointsTest, CrashInMidDeletion) {
   const Checkpoint made = save("r1");
   database->execute("DELETE FROM checkpoints");
-  database->execute("INSERT INTO doomed_dirs (dir) VALUES (?)", {made.dir.string()});
+  database->execute("INSERT INTO doomed_dirs (dir) VALUES (?)",
+                    {"checkpoints/" + made.dir.lexically_relative(dir / "checkpoints").string()});
   ASSERT_TRUE(fs::exists(made.dir));
   restart();
   EXPECT_FALSE(fs::exists(made.dir));
@@ -181,7 +215,7 @@ TEST_F(CheckpointsTest, CrashInMidDeletion) {
 }
 
 TEST_F(CheckpointsTest, NothingStagedIsAnError) {
-  EXPECT_THROW(checkpoints->commit(fields("r9"), false), Error);
+  EXPECT_THROW(commit(fields("r9"), false), Error);
   EXPECT_FALSE(checkpoints->find(kPath));
   for (const char* id : {"", "..", "a/b", "a~b"}) EXPECT_THROW(checkpoints->stage(id), Error) << id;
 }
@@ -205,6 +239,7 @@ TEST_F(CheckpointsTest, ListsAreNewestFirstInPages) {
 TEST_F(CheckpointsTest, RemoveDeletesTheFiles) {
   const Checkpoint made = save("r1");
   EXPECT_TRUE(checkpoints->remove(kPath));
+  finish_behind();
   EXPECT_FALSE(checkpoints->remove(kPath));
   EXPECT_FALSE(fs::exists(made.dir));
   EXPECT_EQ(entries(dir / "checkpoints"), 0u);
@@ -221,6 +256,7 @@ TEST_F(CheckpointsTest, TtlHidesAtOnceAndExpireDeletes) {
   restart();
   EXPECT_FALSE(checkpoints->find(kPath)->expires_at);
   checkpoints->expire();
+  finish_behind();
   EXPECT_TRUE(checkpoints->find(kPath));
 
   EXPECT_TRUE(checkpoints->set_ttl(kPath, 0s));
@@ -235,6 +271,7 @@ TEST_F(CheckpointsTest, TtlHidesAtOnceAndExpireDeletes) {
   EXPECT_NO_THROW(checkpoints->check_free(kPath, false, "r3"));
   restart();
   checkpoints->expire();
+  finish_behind();
   EXPECT_FALSE(fs::exists(made.dir));
   EXPECT_THAT(names(checkpoints->list_run("s:train:0")), ElementsAre("kept"));
 }
@@ -253,10 +290,79 @@ TEST_F(CheckpointsTest, VersionDirectories) {
   const fs::path version = checkpoints->version_dir("s:sample:3");
   EXPECT_TRUE(fs::is_directory(version));
   EXPECT_EQ(checkpoints->version_dir("s:sample:3"), version);
-  checkpoints->remove_version("s:sample:3");
-  checkpoints->remove_version("s:sample:3");
+  checkpoints->version_dir("t:sample:3");
+  checkpoints->sweep_versions([](const std::string& name) { return name == "t:sample:3"; });
+  finish_behind();
   EXPECT_FALSE(fs::exists(version));
+  EXPECT_TRUE(fs::exists(dir / "versions" / "t:sample:3"));
   EXPECT_THROW(checkpoints->version_dir("../x"), Error);
+}
+
+// A commit that the disk holds up (here: a FIFO that nobody reads yet) holds up nothing else, and those behind it keep
+// their order.
+TEST_F(CheckpointsTest, ASlowDiskHoldsUpTheCommitAlone) {
+  write("r1", "first");
+  const fs::path marker = checkpoints->stage("r1") / kCompleteMarker;
+  ASSERT_EQ(::mkfifo(marker.c_str(), 0600), 0);
+  write("r2", "second");
+  const Checkpoint old = save_elsewhere();
+  std::vector<std::string> order;
+  for (const char* id : {"r1", "r2"}) {
+    boost::asio::co_spawn(io, checkpoints->commit(fields(id), true),
+                          [&order, id](const std::exception_ptr& failure, const Checkpoint&) {
+                            order.push_back(failure ? "failed" : id);
+                          });
+  }
+  io.restart();
+  while (io.poll() > 0) continue;
+  EXPECT_TRUE(order.empty());
+  EXPECT_FALSE(checkpoints->find(kPath));
+  EXPECT_TRUE(checkpoints->find(old.path));
+  EXPECT_TRUE(checkpoints->remove(old.path));
+  EXPECT_FALSE(checkpoints->find(old.path));
+  const int reader = ::open(marker.c_str(), O_RDONLY | O_NONBLOCK);
+  finish_behind();
+  ::close(reader);
+  EXPECT_THAT(order, ElementsAre("r1", "r2"));
+  EXPECT_EQ(read(*checkpoints->find(kPath)), "second");
+  EXPECT_FALSE(fs::exists(old.dir));
+}
+
+TEST_F(CheckpointsTest, OfTwoSavesUnderOneNameTheSecondFails) {
+  write("r1", "first");
+  write("r2", "second");
+  int failed = 0;
+  for (const char* id : {"r1", "r2"}) {
+    boost::asio::co_spawn(
+        io, checkpoints->commit(fields(id), false),
+        [&failed](const std::exception_ptr& failure, const Checkpoint&) { failed += failure ? 1 : 0; });
+  }
+  finish_behind();
+  EXPECT_EQ(failed, 1);
+  EXPECT_EQ(read(*checkpoints->find(kPath)), "first");
+  EXPECT_EQ(entries(dir / "checkpoints" / "s:train:0" / "weights"), 1u);
+}
+
+TEST_F(CheckpointsTest, TheDataDirectoryMayMove) {
+  const Checkpoint made = save("r1");
+  checkpoints.reset();
+  file_work.reset();
+  database.reset();
+  const fs::path moved = dir.string() + "_moved";
+  fs::rename(dir, moved);
+  dir = moved;
+  restart();
+  const Checkpoint kept = checkpoints->find(kPath).value();
+  EXPECT_EQ(read(kept), "content of r1");
+  EXPECT_TRUE(checkpoints->remove(kPath));
+  finish_behind();
+  EXPECT_FALSE(fs::exists(kept.dir));
+}
+
+TEST_F(CheckpointsTest, AStartEmptiesTheStagingDirectory) {
+  write("r1", "of a save that failed");
+  restart();
+  EXPECT_EQ(entries(dir / "staging"), 0u);
 }
 
 }  // namespace

@@ -41,8 +41,11 @@ auto guarded(Body body) {
 
 }  // namespace
 
-Files::Files(const fs::path& data_dir)
-    : checkpoints_(data_dir / "checkpoints"), staging_(data_dir / "staging"), versions_(data_dir / "versions") {
+Files::Files(fs::path data_dir)
+    : data_dir_(std::move(data_dir)),
+      checkpoints_(data_dir_ / "checkpoints"),
+      staging_(data_dir_ / "staging"),
+      versions_(data_dir_ / "versions") {
   guarded([&] {
     for (const fs::path& dir : {checkpoints_, staging_, versions_}) fs::create_directories(dir);
   });
@@ -80,8 +83,29 @@ fs::path Files::place(const TinkerPath& path, const std::string& request_id) {
   });
 }
 
+void Files::empty_staging() {
+  guarded([&] {
+    fs::remove_all(staging_);
+    fs::create_directories(staging_);
+  });
+}
+
 void Files::drop_staged(const std::string& request_id) {
   guarded([&] { fs::remove_all(staging_ / as_file_name(request_id)); });
+}
+
+std::string Files::relative(const fs::path& path) const {
+  return path.lexically_relative(data_dir_).string();
+}
+
+std::vector<std::string> Files::versions() const {
+  return guarded([&] {
+    std::vector<std::string> names;
+    for (const fs::directory_entry& entry : fs::directory_iterator(versions_)) {
+      names.push_back(entry.path().filename().string());
+    }
+    return names;
+  });
 }
 
 fs::path Files::version_dir(const std::string& version) {

@@ -115,7 +115,8 @@ void Group::on_snapshot(const wp::Reply& reply) {
       const auto version = versions_.find(entry.item.version);
       if (version != versions_.end() && !version->second.on_disk && !version->second.failed) {
         discard_cut();
-        return postpone_snapshot();
+        next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
+        return;
       }
     }
   }

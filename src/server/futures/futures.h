@@ -72,10 +72,12 @@ struct Submitted {
   bool duplicate = false;
 };
 
-// Makes the client's result from the worker's answer. Runs on the io thread; may throw Error. Must be repeatable: after
-// a crash it can run again for the same request_id.
-using Completion = std::function<Outcome(const std::string& request_id, const Submission& submission,
-                                         const worker_protocol::DoneBody&)>;
+// Makes the client's result from the worker's answer, at once or (files have to be moved) in a coroutine that outlives
+// the arguments. Runs on the io thread; may throw Error. Must be repeatable: after a crash it can run again for the
+// same request_id.
+using Completed = std::variant<Outcome, boost::asio::awaitable<Outcome>>;
+using Completion = std::function<Completed(const std::string& request_id, const Submission& submission,
+                                           const worker_protocol::DoneBody&)>;
 
 enum class PollState { pending, done, gone, unknown };
 struct Poll {

@@ -4,6 +4,10 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <boost/asio/redirect_error.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/use_awaitable.hpp>
+
 #include <fstream>
 
 #include "base/logging.h"
@@ -271,6 +275,37 @@ TEST_F(FuturesTest, ACompletionMayFailAndTheStepStays) {
   wanted.backward(std::vector<std::int32_t>{1, 2});
   wanted.step(1);
   EXPECT_THAT(text(submit(step("s:m", 2, 1))), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+}
+
+// As a save does, whose files a slow disk holds up.
+TEST_F(FuturesTest, ACompletionMayTakeItsTimeAndHoldsUpNothing) {
+  const auto dir = options_.dir / "saved";
+  auto slow = std::make_shared<boost::asio::steady_timer>(rig_->io, std::chrono::hours(1));
+  const auto wait = [](std::shared_ptr<boost::asio::steady_timer> until) -> boost::asio::awaitable<Outcome> {
+    boost::system::error_code woken;
+    co_await until->async_wait(boost::asio::redirect_error(boost::asio::use_awaitable, woken));
+    co_return Result{"text/plain", "moved"};
+  };
+  rig_->futures->set_completion(Operation::save_weights,
+                                [&](const auto&, const auto&, const auto&) { return wait(slow); });
+  submit(create("s:m", 7));
+  const auto saved = submit(save("s:m", 1, dir));
+  const auto after = submit(step("s:m", 2, 1));
+  EXPECT_THAT(text(after), HasSubstr("steps=1"));
+  EXPECT_EQ(rig_->poll_once(saved, milliseconds(10)).state, PollState::pending);
+  rig_->futures->end_session("t", {}, "finished");
+  start();  // it was not told: it is done again
+  EXPECT_THAT(text(saved), StartsWith("ok"));
+  EXPECT_THAT(text(submit(step("s:m", 3, 1))), HasSubstr("steps=2"));
+  slow = std::make_shared<boost::asio::steady_timer>(rig_->io, std::chrono::hours(1));
+  rig_->futures->set_completion(Operation::save_weights,
+                                [&](const auto&, const auto&, const auto&) { return wait(slow); });
+  const auto next = submit(save("s:m", 4, dir));
+  text(submit(step("s:m", 5, 1)));
+  rig_->kill_worker();
+  text(submit(step("s:m", 6, 1)));
+  slow->cancel();
+  EXPECT_EQ(text(next), "moved");
 }
 
 TEST_F(FuturesTest, ResultsSurviveTheServerWithoutMemory) {

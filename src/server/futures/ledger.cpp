@@ -20,10 +20,6 @@ namespace {
 // How often a parked poll looks whether its client is still there.
 constexpr std::chrono::milliseconds kClientCheck{2000};
 
-std::string id_of(std::uint64_t number) {
-  return "r" + std::to_string(number);
-}
-
 std::optional<std::uint64_t> number_of(std::string_view id) {
   std::uint64_t number = 0;
   if (id.size() < 2 || id[0] != 'r' || id[1] == '0') return std::nullopt;
@@ -203,7 +199,8 @@ void Ledger::consume(const std::string& model_id, std::int64_t seq_id) {
   if (seq_id < 1 || seq_id == dispatch::kDropSeq) return;
   // A model whose base is not served now has no lane: its record waits for the base's return.
   if (!dispatch_.base_dir_of(model_id).empty() &&
-      dispatch_.number_state(model_id, seq_id) != dispatch::NumberState::fresh) return;
+      dispatch_.number_state(model_id, seq_id) != dispatch::NumberState::fresh)
+    return;
   write(consumed_record(model_id, seq_id),
         [this, model_id, seq_id](const store::RecordPosition&) { dispatch_.consume(model_id, seq_id); });
 }

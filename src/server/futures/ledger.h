@@ -78,6 +78,7 @@ class Ledger final : public JournalledFutures {
   worker_protocol::RequestBody body_of(Number number);
   void on_done(Number number, const worker_protocol::DoneBody& body);
   void finish(Number number, Outcome outcome, dispatch::Effect effect);
+  void conclude(Number number, Outcome outcome, dispatch::Effect effect);
   void set_done(Number number, std::shared_ptr<const Outcome> outcome, const store::RecordPosition& position,
                 std::int64_t time_ms);
   std::shared_ptr<const Outcome> outcome_of_entry(Entry& entry);

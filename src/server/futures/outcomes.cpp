@@ -1,6 +1,9 @@
 // From the worker's answer to the client's: outcomes, and what waits for the journal.
 
+#include <boost/asio/co_spawn.hpp>
+
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 #include "base/logging.h"
@@ -10,14 +13,22 @@
 
 namespace ht::futures {
 
+namespace asio = boost::asio;
 namespace wp = worker_protocol;
 
 namespace {
 
 constexpr std::chrono::milliseconds kJournalRetry{1000};
 
-std::string id_of(std::uint64_t number) {
-  return "r" + std::to_string(number);
+Failed failed_of(std::uint64_t number, const std::exception_ptr& thrown) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const Error& error) {
+    return {error.category(), error.what()};
+  } catch (const std::exception& error) {
+    spdlog::error("request {}: its result could not be made: {}", number, error.what());
+    return {ErrorCategory::server, error.what()};
+  }
 }
 
 }  // namespace
@@ -40,18 +51,22 @@ void Ledger::on_done(Number number, const wp::DoneBody& body) {
     const auto completion = completions_.find(entry.submission.operation);
     if (completion != completions_.end()) {
       if (entry.work_bytes == 0) entry.submission.work = body_of(number);
-      outcome = completion->second(id_of(number), entry.submission, body);
+      Completed made = completion->second(id_of(number), entry.submission, body);
+      if (auto* later = std::get_if<asio::awaitable<Outcome>>(&made)) {
+        entry.finishing = true;
+        return asio::co_spawn(io_, std::move(*later), [this, number](const std::exception_ptr& thrown, Outcome result) {
+          conclude(number, thrown ? failed_of(number, thrown) : std::move(result), dispatch::Effect::done);
+        });
+      }
+      outcome = std::get<Outcome>(std::move(made));
     } else if (entry.submission.operation == Operation::drop_model) {
       outcome = Result{"application/json", "{}"};
     } else {
       throw server_error("operation " + std::to_string(static_cast<int>(entry.submission.operation)) +
                          " has no completion");
     }
-  } catch (const Error& error) {
-    outcome = Failed{error.category(), error.what()};
-  } catch (const std::exception& error) {
-    spdlog::error("request {}: its result could not be made: {}", number, error.what());
-    outcome = Failed{ErrorCategory::server, error.what()};
+  } catch (...) {
+    outcome = failed_of(number, std::current_exception());
   }
   finish(number, std::move(outcome), dispatch::Effect::done);
 }
@@ -60,6 +75,10 @@ void Ledger::finish(Number number, Outcome outcome, dispatch::Effect effect) {
   const auto found = entries_.find(number);
   if (found == entries_.end() || found->second.done || found->second.finishing) return;
   found->second.finishing = true;
+  conclude(number, std::move(outcome), effect);
+}
+
+void Ledger::conclude(Number number, Outcome outcome, dispatch::Effect effect) {
   const std::int64_t now = unix_ms();
   std::string record = completed_record(number, outcome, effect, now);
   const std::size_t most = journal_.options().max_record_bytes;
@@ -101,10 +120,12 @@ void Ledger::hold(Number number, Entry& entry, std::shared_ptr<const Outcome> ou
   entry.outcome = std::move(outcome);
   held_.push_back(number);
   held_bytes_ += entry.outcome_bytes;
-  while (held_bytes_ > options_.memory_bytes && held_.size() > 1) {
+  while (held_.size() > 1) {
     const auto oldest = entries_.find(held_.front());
+    const bool stale = oldest == entries_.end() || !oldest->second.outcome;
+    if (!stale && held_bytes_ <= options_.memory_bytes) break;
     held_.pop_front();
-    if (oldest == entries_.end() || !oldest->second.outcome) continue;
+    if (stale) continue;
     held_bytes_ -= oldest->second.outcome_bytes;
     oldest->second.outcome.reset();
   }
@@ -123,7 +144,8 @@ void Ledger::write(std::string record, std::function<void(const store::RecordPos
 }
 
 void Ledger::flush() {
-  if (std::exchange(flushing_, true)) return;
+  if (flushing_) return;
+  flushing_ = true;
   while (!pending_.empty()) {
     store::RecordPosition position;
     try {
@@ -138,7 +160,12 @@ void Ledger::flush() {
     }
     const auto written = std::move(pending_.front().written);
     pending_.pop_front();
-    if (written) written(position);
+    try {
+      if (written) written(position);
+    } catch (const std::exception& error) {
+      // The record stands, and the others' must be written.
+      spdlog::error("what follows from a journalled record failed: {}", error.what());
+    }
   }
   flushing_ = false;
 }

@@ -27,6 +27,10 @@ Failed failed_of(const pb::Failed& record) {
 
 }  // namespace
 
+std::string id_of(std::uint64_t number) {
+  return "r" + std::to_string(number);
+}
+
 std::int64_t unix_ms() {
   return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch())
       .count();

@@ -16,6 +16,8 @@ namespace ht::futures {
 namespace pb = hosted_tinker::journal;
 
 std::int64_t unix_ms();
+// A request's id, as clients know it.
+std::string id_of(std::uint64_t number);
 
 // `work`: the encoded worker request; ignored for a failed submission.
 std::string submitted_record(std::uint64_t number, const Submission& submission, std::string work);

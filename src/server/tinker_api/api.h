@@ -50,6 +50,9 @@ void set_completions(Context& context);
 // Adds all endpoints under /api/v1, and has ended sessions cleaned up. `context` outlives the router.
 void register_routes(http::Router& router, Context& context);
 
+// Deletes the files of sampler versions whose session is over. At the start, and now and then.
+void sweep_versions(Context& context);
+
 // For http::Server's RefusedBody: finds model and number in the head of the body and consumes the number, if any.
 void consume_refused(Context& context, const http::Request& head);
 

@@ -24,6 +24,8 @@ SavedContext SavedContext::parse(const std::string& text) {
 
 namespace {
 
+using boost::asio::awaitable;
+using futures::Completed;
 using futures::Outcome;
 using futures::Result;
 using futures::Submission;
@@ -64,8 +66,7 @@ Outcome trained(const std::string&, const Submission& submission, const DoneBody
   for (const std::int64_t i : integers(Fields(context).get("matrices"), "matrices", 0, batch.num_datums() - 1)) {
     shapes[static_cast<std::size_t>(i)].k = batch.target_width[static_cast<std::size_t>(i)];
   }
-  return Result{"application/x-protobuf",
-                encode_forward_backward(answer<worker_protocol::TrainResult>(done), shapes)};
+  return Result{"application/x-protobuf", encode_forward_backward(answer<worker_protocol::TrainResult>(done), shapes)};
 }
 
 Outcome stepped(const std::string&, const Submission&, const DoneBody& done) {
@@ -74,9 +75,9 @@ Outcome stepped(const std::string&, const Submission&, const DoneBody& done) {
 
 Outcome sampled(const std::string&, const Submission& submission, const DoneBody& done) {
   const json::object context = parse_object(submission.context);
-  return Result{"application/x-protobuf", encode_sample(answer<worker_protocol::SampleResult>(done),
-                                                        work_of<worker_protocol::Sample>(submission),
-                                                        Fields(context).boolean("sparse_targets", false))};
+  return Result{"application/x-protobuf",
+                encode_sample(answer<worker_protocol::SampleResult>(done), work_of<worker_protocol::Sample>(submission),
+                              Fields(context).boolean("sparse_targets", false))};
 }
 
 sessions::Model model_of(Context& context, const Submission& submission) {
@@ -84,12 +85,19 @@ sessions::Model model_of(Context& context, const Submission& submission) {
   throw server_error("model \"" + submission.model_id + "\" is gone");
 }
 
-Outcome saved(Context& context, const Submission& submission, const DoneBody& done) {
+awaitable<Outcome> commit(Context& context, checkpoints::Checkpoint checkpoint, bool overwrite) {
+  const bool for_sampler = checkpoint.path.kind == checkpoints::Kind::sampler_weights;
+  const checkpoints::Checkpoint made = co_await context.checkpoints.commit(std::move(checkpoint), overwrite);
+  // The client refuses another operation's type.
+  co_return json_result(
+      {{"path", made.path.str()}, {"type", for_sampler ? "save_weights_for_sampler" : "save_weights"}});
+}
+
+awaitable<Outcome> saved(Context& context, const Submission& submission, const DoneBody& done) {
   const SavedContext from = SavedContext::parse(submission.context);
   const sessions::Model model = model_of(context, submission);
   checkpoints::Checkpoint checkpoint;
   checkpoint.path = from.path;
-  checkpoint.dir = work_of<worker_protocol::SaveAdapter>(submission).dir;
   checkpoint.created_at = checkpoints::Clock::now();
   if (from.ttl_seconds) checkpoint.expires_at = checkpoint.created_at + std::chrono::seconds(*from.ttl_seconds);
   checkpoint.size_bytes = answer<worker_protocol::SaveResult>(done).bytes;
@@ -98,11 +106,7 @@ Outcome saved(Context& context, const Submission& submission, const DoneBody& do
   checkpoint.base_dir = model.base_dir;
   checkpoint.lora = model.lora;
   checkpoint.request_id = from.key;
-  const checkpoints::Checkpoint registered = context.checkpoints.commit(std::move(checkpoint), from.overwrite);
-  // The client refuses another operation's type.
-  const bool for_sampler = from.path.kind == checkpoints::Kind::sampler_weights;
-  return json_result(
-      {{"path", registered.path.str()}, {"type", for_sampler ? "save_weights_for_sampler" : "save_weights"}});
+  return commit(context, std::move(checkpoint), from.overwrite);
 }
 
 Outcome published(Context& context, const Submission& submission) {
@@ -110,7 +114,7 @@ Outcome published(Context& context, const Submission& submission) {
   const sessions::Model model = model_of(context, submission);
   const auto session = context.sessions.find_session(model.session_id);
   if (!session || session->state != sessions::SessionState::active) {
-    context.checkpoints.remove_version(work.version);
+    sweep_versions(context);
     throw user_error("session \"" + model.session_id + "\" is over");
   }
   sessions::Sampler sampler;
@@ -139,15 +143,16 @@ void set_completions(Context& context) {
   futures.set_completion(Operation::optim_step, stepped);
   futures.set_completion(Operation::sample, sampled);
   futures.set_completion(Operation::save_weights,
-                         [&context](const std::string&, const Submission& submission, const DoneBody& done) {
-                           return saved(context, submission, done);
-                         });
-  futures.set_completion(Operation::save_weights_for_sampler,
-                         [&context](const std::string&, const Submission& submission, const DoneBody& done) {
-                           return std::holds_alternative<worker_protocol::PublishVersion>(submission.work)
-                                      ? published(context, submission)
-                                      : saved(context, submission, done);
-                         });
+                         [&context](const std::string&, const Submission& submission,
+                                    const DoneBody& done) -> Completed { return saved(context, submission, done); });
+  futures.set_completion(
+      Operation::save_weights_for_sampler,
+      [&context](const std::string&, const Submission& submission, const DoneBody& done) -> Completed {
+        if (std::holds_alternative<worker_protocol::PublishVersion>(submission.work)) {
+          return published(context, submission);
+        }
+        return saved(context, submission, done);
+      });
 }
 
 }  // namespace ht::tinker_api

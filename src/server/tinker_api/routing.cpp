@@ -42,8 +42,8 @@ http::Response answer_error(const std::exception_ptr& thrown, const http::Reques
 void add_async(http::Router& router, Context& context, std::string_view method, std::string_view pattern,
                AsyncEndpoint endpoint) {
   router.add(method, "/api/v1" + std::string(pattern),
-             [&context, endpoint = std::move(endpoint)](
-                 const http::Request& request) -> boost::asio::awaitable<http::Response> {
+             [&context,
+              endpoint = std::move(endpoint)](const http::Request& request) -> boost::asio::awaitable<http::Response> {
                if (!accepted_key(request.header("x-api-key"))) {
                  co_return http::error_response(401, "X-API-Key must hold a key that starts with tml- or eyJ");
                }
@@ -57,13 +57,10 @@ void add_async(http::Router& router, Context& context, std::string_view method, 
              });
 }
 
-void add(http::Router& router, Context& context, std::string_view method, std::string_view pattern,
-         Endpoint endpoint) {
+void add(http::Router& router, Context& context, std::string_view method, std::string_view pattern, Endpoint endpoint) {
   add_async(router, context, method, pattern,
-            [endpoint = std::move(endpoint)](Context& own,
-                                             const http::Request& request) -> boost::asio::awaitable<http::Response> {
-              co_return endpoint(own, request);
-            });
+            [endpoint = std::move(endpoint)](Context& own, const http::Request& request)
+                -> boost::asio::awaitable<http::Response> { co_return endpoint(own, request); });
 }
 
 http::Response json_response(const json::value& value, int status) {
@@ -123,16 +120,15 @@ void register_routes(http::Router& router, Context& context) {
   add_absent_routes(router, context);
   context.sessions.on_end([&context](const sessions::Session& session, const std::string& reason) {
     context.futures.end_session(session.id, context.sessions.models_of(session.id), reason);
-    for (const std::string& id : context.sessions.samplers_of(session.id)) {
-      const auto sampler = context.sessions.find_sampler(id);
-      // A version without a checkpoint's path lives only as long as its session.
-      if (!sampler || sampler->version.empty() || !sampler->model_path.empty()) continue;
-      try {
-        context.checkpoints.remove_version(sampler->version);
-      } catch (const std::exception& error) {
-        spdlog::warn("the files of sampler {} could not be removed: {}", id, error.what());
-      }
-    }
+    sweep_versions(context);
+  });
+}
+
+// A version without a checkpoint's path is named <session>:…, and lives as long as its session.
+void sweep_versions(Context& context) {
+  context.checkpoints.sweep_versions([&context](const std::string& version) {
+    const auto session = context.sessions.find_session(version.substr(0, version.find(':')));
+    return session && session->state == sessions::SessionState::active;
   });
 }
 
