@@ -36,6 +36,8 @@ set(HT_MAY_USE_engine/runtime ${HT_MAY_USE_engine/models} engine/models)
 set(HT_MAY_USE_engine/training ${HT_MAY_USE_engine/runtime} engine/runtime worker_protocol)
 set(HT_MAY_USE_engine/sampling ${HT_MAY_USE_engine/runtime} engine/runtime worker_protocol)
 set(HT_MAY_USE_worker ${HT_MAY_USE_engine/training} engine/training engine/sampling scheduler worker_protocol)
+# The fuzzers call every parser of bytes that come from elsewhere.
+set(HT_MAY_USE_tests/fuzz ${HT_SERVER_COMMON} server/checkpoints server/futures server/store server/tinker_api)
 set(HT_MAY_USE_tests ${HT_MAY_USE_worker} worker)
 
 function(ht_target_name room out)
