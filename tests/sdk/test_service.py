@@ -6,6 +6,7 @@ import time
 
 import pytest
 import tinker
+from tinker.lib.telemetry import Telemetry
 
 from conftest import LLAMA, QWEN
 from datums import random_datum, train_step
@@ -81,6 +82,30 @@ def test_health_and_unknown_paths(server):
         200,
         {"status": "accepted"},
     )
+
+
+@pytest.mark.parametrize("sessionful", [True, False])
+def test_telemetry_of_the_sdk_is_accepted(server, connect, monkeypatch, caplog, sessionful):
+    answers = []
+    send = Telemetry._send_batch
+
+    async def send_and_note(self, batch):
+        answers.append(await send(self, batch))
+        return answers[-1]
+
+    monkeypatch.setattr(Telemetry, "_send_batch", send_and_note)
+    monkeypatch.setenv("TINKER_TELEMETRY", "1")
+    service = connect(server)
+    if sessionful:
+        client = service.create_lora_training_client(base_model=LLAMA, rank=4).result()
+        with pytest.raises(tinker.RequestFailedError):
+            client.forward_backward([random_datum(1, 8)], "no_such_loss").result()
+    else:
+        with pytest.raises(tinker.NotFoundError):
+            service.create_rest_client().get_training_run("nobody:train:0").result()
+    service.close("success").result()
+    assert [answer.status for answer in answers] == ["accepted"] * len(answers) and (answers or not sessionful)
+    assert "telemetry" not in caplog.text.lower()
 
 
 def test_two_aliases_of_one_directory_share_a_worker(make_server, connect, tiny_llama):
