@@ -1,6 +1,7 @@
 """A base model as a person names it → a directory with config.json, *.safetensors and a tokenizer."""
 
 import os
+import sys
 from pathlib import Path
 
 from hosted_tinker.errors import LauncherError
@@ -43,20 +44,39 @@ def resolve(name: str) -> Path:
     if name.count("/") > 1 or not name.strip():
         raise LauncherError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-8B")
 
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    return _check(_download(name), name)
 
+
+def _download(name: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        print(f"Fetching {name} from the hub, unless it is in the cache …", file=sys.stderr, flush=True)
+    elsewhere = "Give a local directory, or leave --base-model out to serve the embedded SmolLM2-135M-Instruct."
     try:
-        directory = snapshot_download(name, allow_patterns=NEEDED_FILES, ignore_patterns=IGNORED_FILES)
-    except HFValidationError as error:
+        return Path(snapshot_download(name, allow_patterns=NEEDED_FILES, ignore_patterns=IGNORED_FILES))
+    except errors.HFValidationError as error:
         raise LauncherError(f"{name!r} is neither a directory nor a valid hub id: {error}") from error
-    except RepositoryNotFoundError as error:
-        raise LauncherError(f"{name}: no such repository on the hub (or it is private: set HF_TOKEN)") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except errors.GatedRepoError as error:
         raise LauncherError(
-            f"{name}: not in the local cache, and the hub could not be reached{offline}: {reason}. "
-            "Give a local directory, or leave --base-model out to serve the embedded SmolLM2-135M-Instruct."
+            f"{name}: the hub gives this model only to those who accepted its terms: accept them on its page, then set "
+            "HF_TOKEN"
         ) from error
-    return _check(Path(directory), name)
+    except errors.RepositoryNotFoundError as error:
+        raise LauncherError(f"{name}: no such repository on the hub (or it is private: set HF_TOKEN)") from error
+    except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else _reason(error.__cause__ or error)
+        raise LauncherError(
+            f"{name}: not (or not whole) in the local cache, and the hub could not be reached: {why}. {elsewhere}"
+        ) from error
+    except Exception as error:  # the hub's HTTP library has its own types, which change with its version
+        raise LauncherError(
+            f"{name}: the download stopped: {_reason(error)}. The same command keeps the files that are whole."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
