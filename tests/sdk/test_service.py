@@ -138,7 +138,7 @@ def run_launcher(*arguments):
 
 def test_help_names_every_option_and_version_is_printed():
     text = run_launcher("serve", "--help").stdout
-    for option in ("base-model", "host", "port", "data-dir", "model-alias", "backend", "backend-config", "max-seq-len"):
+    for option in "base-model host port data-dir model-alias backend backend-config max-seq-len snapshot-seconds".split():
         assert f"--{option}" in text
     assert run_launcher("--version").stdout.startswith("hosted-tinker 0.")
 
@@ -147,6 +147,7 @@ def test_help_names_every_option_and_version_is_printed():
     "arguments, named",
     [
         (("--port", "70000"), "70000"),
+        (("--snapshot-seconds", "nan"), "nan"),
         (("--backend", "nonsense"), "nonsense"),
         (("--backend-config", "{"), "'{'"),
         (("--backend-config", "[1]"), "[1]"),
