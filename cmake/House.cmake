@@ -28,6 +28,7 @@ set(HT_MAY_USE_server/app ${HT_MAY_USE_server/tinker_api} server/tinker_api)
 
 set(HT_ENGINE_COMMON base model_spec safetensors kernels)
 set(HT_MAY_USE_engine/device ${HT_ENGINE_COMMON})
+set(HT_MAY_USE_engine/device/cuda kernels engine/device)  # of both headers only: it is a library by itself
 set(HT_MAY_USE_engine/ops ${HT_ENGINE_COMMON} engine/device)
 set(HT_MAY_USE_engine/layers ${HT_MAY_USE_engine/ops} engine/ops)
 set(HT_MAY_USE_engine/models ${HT_MAY_USE_engine/layers} engine/layers)

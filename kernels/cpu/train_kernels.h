@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "kernels/kernel_table.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -44,13 +46,7 @@ void ht_logsumexp(const float* logits, int64_t vocab, float* lse, int64_t row_be
 void ht_dlogits(float* logits, int64_t vocab, const float* lse, const int32_t* targets, const float* dlogprobs,
                 const int64_t* offsets, int64_t row_begin, int64_t row_end);
 
-// One AdamW step on elements [begin, end) with the arithmetic of torch.optim.AdamW (single tensor):
-//   p *= decay; m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g²; p -= step_size · m / (sqrt(v) / bias2 + eps)
-// with g = grad · grad_scale, decay = 1 - lr · weight_decay, step_size = lr / (1 - beta1^t), bias2 = sqrt(1 - beta2^t).
-// An element with m = 0 keeps its value even when eps = 0.
-typedef struct {
-  float grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2, eps;
-} HtAdamW;
+// One AdamW step on elements [begin, end): HtKernelTable::adamw.
 void ht_adamw(float* p, const float* grad, float* m, float* v, const HtAdamW* a, int64_t begin, int64_t end);
 // Sum of squares of [begin, end) in double.
 double ht_sum_of_squares(const float* x, int64_t begin, int64_t end);

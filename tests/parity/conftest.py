@@ -8,6 +8,18 @@ from models import FAMILIES, VOCAB, write_checkpoint
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="reference bfloat16", help="of test_bfloat16.py: cuda on a machine with a GPU")
+
+
+@pytest.fixture(scope="session")
+def bfloat16_device(request):
+    device = request.config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA: torch finds no device")
+    return device
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """name -> checkpoint directory, each written once."""

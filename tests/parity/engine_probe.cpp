@@ -3,6 +3,7 @@
 //   engine_probe MODEL_DIR JOB.json OUT_DIR
 //
 // JOB: {"threads": 2, "recompute": "none" | "norms_mlp" | "block",
+//       "device": "cpu" | "reference bfloat16" (the CPU in bfloat16, on the plain reference kernels) | "cuda",
 //       "adapters": [{"dir": "…"} | {"rank": 8, "seed": 1, "train_attn": true, …}],
 //       "steps": [{"calls": [{"backward": true, "items": [{"adapter": 0, "loss": "cross_entropy", "config": {},
 //                    "datums": [{"tokens": [], "targets": [] or [[]], "weights": [], "logprobs": [], …}]}]}],
@@ -25,6 +26,8 @@
 #include <sstream>
 
 #include "base/error.h"
+#include "engine/device/cpu.h"
+#include "engine/device/cuda_library.h"
 #include "engine/sampling/step.h"
 #include "engine/training/trainer.h"
 #include "safetensors/safetensors.h"
@@ -49,7 +52,9 @@ std::vector<float> floats(const json::object& object, const char* key) {
   return values;
 }
 
-void append(std::vector<float>& to, const std::vector<float>& from) { to.insert(to.end(), from.begin(), from.end()); }
+void append(std::vector<float>& to, const std::vector<float>& from) {
+  to.insert(to.end(), from.begin(), from.end());
+}
 
 worker_protocol::TrainBatch read_batch(const json::array& datums) {
   worker_protocol::TrainBatch batch;
@@ -79,10 +84,11 @@ worker_protocol::TrainBatch read_batch(const json::array& datums) {
   return batch;
 }
 
-Adapter read_adapter(const model_spec::ModelSpec& spec, const json::object& object) {
+Adapter read_adapter(const BaseModel& model, const json::object& object) {
+  const model_spec::ModelSpec& spec = model.spec();
   if (const json::value* dir = object.if_contains("dir")) {
-    Adapter adapter = Adapter::create(spec, read_lora_config(dir->as_string().c_str()));
-    adapter.weights = load_adapter_weights(spec, dir->as_string().c_str());
+    Adapter adapter = Adapter::create(spec, read_lora_config(dir->as_string().c_str()), model.device());
+    adapter.weights.flat.copy_(load_adapter_weights(spec, dir->as_string().c_str()).flat);
     return adapter;
   }
   const auto flag = [&](const char* key) { return !object.contains(key) || object.at(key).as_bool(); };
@@ -92,7 +98,7 @@ Adapter read_adapter(const model_spec::ModelSpec& spec, const json::object& obje
   config.train_attn = flag("train_attn");
   config.train_mlp = flag("train_mlp");
   config.train_unembed = flag("train_unembed");
-  return Adapter::create(spec, config);
+  return Adapter::create(spec, config, model.device());
 }
 
 worker_protocol::AdamParams read_adam(const json::object& object) {
@@ -145,8 +151,10 @@ struct Probe {
     for (std::size_t i = 0; i < results.size(); ++i) {
       losses.emplace_back(results[i].loss_sum);
       kept.push_back(std::move(results[i].logprobs));
-      tensors.push_back({name + ".item" + std::to_string(i) + ".logprobs", safetensors::DType::f32,
-                         {static_cast<std::int64_t>(kept.back().size())}, kept.back().data()});
+      tensors.push_back({name + ".item" + std::to_string(i) + ".logprobs",
+                         safetensors::DType::f32,
+                         {static_cast<std::int64_t>(kept.back().size())},
+                         kept.back().data()});
     }
     calls.push_back(json::object{{"losses", losses}, {"seconds", seconds}});
   }
@@ -159,7 +167,7 @@ struct Probe {
       }
     }
     if (const json::value* dir = object.if_contains("gradients")) {
-      adapters.at(0).grad = load_adapter_weights(model.spec(), dir->as_string().c_str()).flat;
+      adapters.at(0).grad.copy_(load_adapter_weights(model.spec(), dir->as_string().c_str()).flat);
     }
     save_all("grad", true);
     if (const json::value* adam = object.if_contains("adam")) {
@@ -219,6 +227,15 @@ struct Probe {
   }
 };
 
+const Device& find_device(const std::string& name) {
+  std::string why_not;
+  if (name == "cpu") return cpu_device();
+  if (name == "reference bfloat16") return reference_device(at::kBFloat16);
+  const Device* device = name == "cuda" ? load_cuda_device(why_not) : nullptr;
+  if (device == nullptr) throw user_error("device " + name + ": " + why_not);
+  return *device;
+}
+
 // VmHWM: getrusage's figure would include the parent's peak from before exec.
 double peak_rss_mib() {
   std::ifstream stream("/proc/self/status");
@@ -238,13 +255,17 @@ int run(const char* model_dir, const char* job_file, const char* out_dir) {
   if (const json::value* threads = job.if_contains("threads")) options.threads = threads->to_number<int>();
   if (const json::value* policy = job.if_contains("recompute")) {
     const std::string name(policy->as_string());
-    options.recompute = name == "block" ? Recompute::block : name == "norms_mlp" ? Recompute::norms_mlp : Recompute::none;
+    options.recompute = name == "block"       ? Recompute::block
+                        : name == "norms_mlp" ? Recompute::norms_mlp
+                                              : Recompute::none;
   }
+  if (const json::value* device = job.if_contains("device"))
+    options.device = &find_device(std::string(device->as_string()));
   const std::unique_ptr<BaseModel> model = BaseModel::load(model_dir, options);
   Probe probe{*model, {}, out_dir, {}, {}, {}, {}, {}};
   std::filesystem::create_directories(probe.out);
   for (const json::value& value : job.at("adapters").as_array()) {
-    probe.adapters.push_back(read_adapter(model->spec(), value.as_object()));
+    probe.adapters.push_back(read_adapter(*model, value.as_object()));
   }
   Trainer trainer(*model);
   int index = 0;
@@ -262,9 +283,10 @@ int run(const char* model_dir, const char* job_file, const char* out_dir) {
     save_adapter_state(probe.adapters[i], probe.out / ("state" + std::to_string(i) + ".safetensors"));
   }
   safetensors::write_file(probe.out / "results.safetensors", probe.tensors);
-  std::ofstream(probe.out / "results.json") << json::serialize(
-      json::object{{"calls", probe.calls}, {"metrics", probe.metrics}, {"generated", probe.generated},
-                   {"peak_mib", peak_rss_mib()}});
+  std::ofstream(probe.out / "results.json") << json::serialize(json::object{{"calls", probe.calls},
+                                                                            {"metrics", probe.metrics},
+                                                                            {"generated", probe.generated},
+                                                                            {"peak_mib", peak_rss_mib()}});
   return 0;
 }
 

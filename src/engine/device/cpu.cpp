@@ -2,12 +2,16 @@
 
 #include <ATen/Parallel.h>
 #include <malloc.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <string>
 #include <thread>
 
 #include "base/error.h"
+#include "engine/device/cpu_attention.h"
+#include "kernels/cpu/cpu_table.h"
+#include "kernels/reference/reference_table.h"
 
 namespace ht::engine {
 
@@ -21,7 +25,58 @@ void keep_freed_memory() {
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 }
 
+// A device whose tensors lie in this process's memory.
+class HostDevice final : public Device {
+ public:
+  HostDevice(at::ScalarType dtype, const HtKernelTable& kernels, bool decode_kernels)
+      : dtype_(dtype), kernels_(kernels), decode_kernels_(decode_kernels) {}
+
+  std::string name() const override {
+    const std::string threads = std::to_string(at::get_num_threads());
+    return (decode_kernels_ ? "cpu, " : std::string("cpu, ") + kernels_.name + ", ") + threads + " threads";
+  }
+  at::Device torch_device() const override { return at::kCPU; }
+  at::ScalarType compute_dtype() const override { return dtype_; }
+  const HtKernelTable& kernels() const override { return kernels_; }
+  HtStream stream() const override { return nullptr; }
+  Memory memory() const override {
+    const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+    return {static_cast<std::uint64_t>(::sysconf(_SC_AVPHYS_PAGES)) * page,
+            static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES)) * page};
+  }
+  bool has_decode_kernels() const override { return decode_kernels_; }
+  at::Tensor attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const AttentionRanges& ranges, std::int64_t window,
+                               std::vector<at::Tensor>& saved) const override {
+    return cpu_attention_forward(q, k, v, ranges, window, saved);
+  }
+  void attention_backward(const at::Tensor& grad_o, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          const at::Tensor& o, const AttentionRanges& ranges, std::int64_t window,
+                          const std::vector<at::Tensor>& saved, at::Tensor& dqkv) const override {
+    cpu_attention_backward(grad_o, q, k, v, o, ranges, window, saved, dqkv);
+  }
+
+ private:
+  at::ScalarType dtype_;
+  const HtKernelTable& kernels_;
+  bool decode_kernels_;
+};
+
 }  // namespace
+
+const Device& cpu_device() {
+  static const HostDevice device(at::kFloat, *ht_cpu_kernels(), true);
+  return device;
+}
+
+const Device& reference_device(at::ScalarType dtype) {
+  static const HostDevice float_device(at::kFloat, *ht_reference_kernels(HT_F32), false);
+  static const HostDevice bf16_device(at::kBFloat16, *ht_reference_kernels(HT_BF16), false);
+  if (dtype != at::kFloat && dtype != at::kBFloat16) {
+    throw server_error(std::string("there are no reference kernels for ") + c10::toString(dtype));
+  }
+  return dtype == at::kFloat ? float_device : bf16_device;
+}
 
 void initialize_cpu(int threads) {
   keep_freed_memory();

@@ -35,25 +35,25 @@ void Head::logits_out(const at::Tensor& hidden, std::span<const LoraSegment> seg
   lora_forward(LoraView::of_unembedding(segments), hidden, out);
 }
 
-void Head::logprobs(const at::Tensor& hidden, std::span<const LoraSegment> segments, const RowTargets& targets,
-                    std::int64_t row_begin, std::int64_t row_end, float* logprobs,
+void Head::logprobs(const Device& device, const at::Tensor& hidden, std::span<const LoraSegment> segments,
+                    const RowTargets& targets, std::int64_t row_begin, std::int64_t row_end, float* logprobs,
                     const std::function<void()>& between_chunks) const {
   const std::int64_t vocab = unembedding.weight.size(0);
-  const at::Tensor buffer = at::empty({std::min(kChunkRows, row_end - row_begin), vocab}, hidden.options());
+  const at::Tensor buffer = at::empty({std::min(kChunkRows, row_end - row_begin), vocab}, device.float_options());
   for (std::int64_t begin = row_begin; begin < row_end; begin += kChunkRows) {
     const std::int64_t rows = std::min(kChunkRows, row_end - begin);
     at::Tensor chunk = buffer.narrow(0, 0, rows);
     logits_out(hidden.narrow(0, begin, rows), clip(segments, begin, begin + rows), chunk);
-    gather_logprobs(chunk, logsumexp_rows(chunk), targets, begin, logprobs);
+    gather_logprobs(device, chunk, logsumexp_rows(device, chunk), targets, begin, logprobs);
     if (between_chunks) between_chunks();
   }
 }
 
-at::Tensor Head::loss_backward(const at::Tensor& hidden, std::span<const LoraSegment> segments,
+at::Tensor Head::loss_backward(const Device& device, const at::Tensor& hidden, std::span<const LoraSegment> segments,
                                const RowTargets& targets, const TokenLoss& loss, float* logprobs,
                                const std::function<void()>& between_chunks) const {
   const std::int64_t total = hidden.size(0), vocab = unembedding.weight.size(0);
-  const at::Tensor buffer = at::empty({std::min(kChunkRows, total), vocab}, hidden.options());
+  const at::Tensor buffer = at::empty({std::min(kChunkRows, total), vocab}, device.float_options());
   at::Tensor dhidden = at::empty_like(hidden);
   std::vector<float> dlogprobs(targets.targets.size());
   for (std::int64_t begin = 0; begin < total; begin += kChunkRows) {
@@ -64,8 +64,8 @@ at::Tensor Head::loss_backward(const at::Tensor& hidden, std::span<const LoraSeg
     const LoraView lora = LoraView::of_unembedding(clipped);
     linear_forward_out(unembedding, x, chunk);
     lora_forward(lora, x, chunk);
-    const at::Tensor lse = logsumexp_rows(chunk);
-    gather_logprobs(chunk, lse, targets, begin, logprobs);
+    const at::Tensor lse = logsumexp_rows(device, chunk);
+    gather_logprobs(device, chunk, lse, targets, begin, logprobs);
     loss(targets.offsets[begin], targets.offsets[end], logprobs, dlogprobs.data());
 
     // Prompts carry no loss: the rows before the first and after the last that do are left out.
@@ -78,8 +78,9 @@ at::Tensor Head::loss_backward(const at::Tensor& hidden, std::span<const LoraSeg
       if (between_chunks) between_chunks();
       continue;
     }
-    at::Tensor dlogits = chunk.narrow(0, first - begin, last - first);
-    logprobs_backward(dlogits, lse.narrow(0, first - begin, last - first), targets, first, dlogprobs.data());
+    at::Tensor active_logits = chunk.narrow(0, first - begin, last - first);
+    const at::Tensor dlogits = logprobs_backward(device, active_logits, lse.narrow(0, first - begin, last - first),
+                                                 targets, first, dlogprobs.data());
     at::Tensor dx = dhidden.narrow(0, first, last - first);
     linear_backward_out(unembedding, dlogits, dx);
     const at::Tensor x_active = hidden.narrow(0, first, last - first);

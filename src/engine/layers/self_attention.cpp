@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include "engine/layers/lora_linear.h"
-#include "engine/ops/attention.h"
 
 namespace ht::engine {
 
@@ -12,18 +11,18 @@ at::Tensor SelfAttention::forward(const at::Tensor& x, const at::Tensor& residua
   const LoraView lora_qkv = LoraView::of_layer(context.segments, layer, LoraSlot::qkv);
   const LoraView lora_o = LoraView::of_layer(context.segments, layer, LoraSlot::o);
   at::Tensor projected = lora_linear_forward(qkv, lora_qkv, x, saved ? &saved->u_qkv : nullptr);
-  Heads heads = norm_rope_forward(projected, shape, context.rope, q_norm, k_norm, norm_eps);
-  std::vector<at::Tensor> lse;
+  Heads heads = norm_rope_forward(context.device, projected, shape, context.rope, q_norm, k_norm, norm_eps);
+  std::vector<at::Tensor> kept;
   const at::Tensor attended =
       context.inference != nullptr
           ? context.inference->attend(layer, heads.q, heads.k, heads.v)
-          : attention_forward(heads.q, heads.k, heads.v, context.batch.cu_seqlens, window, lse);
+          : context.device.attention_forward(heads.q, heads.k, heads.v, context.ranges, window, kept);
   at::Tensor y = lora_linear_forward_residual(o, lora_o, attended, residual, saved ? &saved->u_o : nullptr);
   if (saved != nullptr) {
     saved->qkv = std::move(projected);
     saved->heads = std::move(heads);
     saved->attended = attended;
-    saved->lse = std::move(lse);
+    saved->attention = std::move(kept);
   }
   return y;
 }
@@ -34,9 +33,9 @@ at::Tensor SelfAttention::backward(const at::Tensor& dy, const at::Tensor& x, co
   const LoraView lora_o = LoraView::of_layer(context.segments, layer, LoraSlot::o);
   const at::Tensor d_attended = lora_linear_backward(o, lora_o, saved.attended, saved.u_o, dy);
   at::Tensor dqkv = at::empty_like(saved.qkv);
-  attention_backward(d_attended, saved.heads.q, saved.heads.k, saved.heads.v, saved.attended, context.batch.cu_seqlens,
-                     window, saved.lse, dqkv);
-  norm_rope_backward(dqkv, saved.qkv, saved.heads, shape, context.rope, q_norm, k_norm);
+  context.device.attention_backward(d_attended, saved.heads.q, saved.heads.k, saved.heads.v, saved.attended,
+                                    context.ranges, window, saved.attention, dqkv);
+  norm_rope_backward(context.device, dqkv, saved.qkv, saved.heads, shape, context.rope, q_norm, k_norm);
   at::Tensor dx = lora_linear_backward(qkv, lora_qkv, x, saved.u_qkv, dqkv, need_dx);
   saved = Saved{};
   return dx;

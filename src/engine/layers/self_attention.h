@@ -15,8 +15,8 @@ namespace ht::engine {
 struct SelfAttention {
   int layer = 0;
   HeadShape shape;
-  BaseLinear qkv;            // ((heads + 2 kv_heads) · head_dim, hidden): q, k, v
-  BaseLinear o;              // (hidden, heads · head_dim)
+  BaseLinear qkv;             // ((heads + 2 kv_heads) · head_dim, hidden): q, k, v
+  BaseLinear o;               // (hidden, heads · head_dim)
   at::Tensor q_norm, k_norm;  // (head_dim); undefined: none
   double norm_eps = 0;
   std::int64_t window = 0;  // 0: full attention
@@ -24,8 +24,9 @@ struct SelfAttention {
   struct Saved {
     at::Tensor qkv;  // the projection (rotated in place when there is no norm)
     Heads heads;
-    at::Tensor attended;  // (T, heads · head_dim)
-    std::vector<at::Tensor> lse, u_qkv, u_o;
+    at::Tensor attended;                // (T, heads · head_dim)
+    std::vector<at::Tensor> attention;  // what the device's attention keeps
+    std::vector<at::Tensor> u_qkv, u_o;
   };
 
   // residual + attention(x); x and residual (T, hidden). `saved` nullptr: inference.

@@ -20,7 +20,7 @@ BaseLinear load_linear(WeightSource& weights, const std::vector<model_spec::Line
   BaseLinear linear;
   linear.weight = weights.read(matrices);
   if (!biases.empty()) linear.bias = weights.read(biases);
-  linear.packed = pack_weight_16_bits(linear.weight);
+  if (weights.device().has_decode_kernels()) linear.packed = pack_weight_16_bits(linear.weight);
   return linear;
 }
 
@@ -51,15 +51,16 @@ DecoderBlock load_block(const model_spec::ModelSpec& spec, const model_spec::Lay
 
 DenseDecoder DenseDecoder::load(const model_spec::ModelSpec& spec, WeightSource& weights) {
   const model_spec::BaseTensors tensors = model_spec::base_tensors(spec);
-  DenseDecoder model;
-  model.spec = spec;
+  DenseDecoder model{weights.device(), spec, {}, {}, {}, {}};
   model.embedding = weights.read({tensors.embedding});
   for (int layer = 0; layer < spec.num_hidden_layers; ++layer) {
     model.blocks.push_back(load_block(spec, tensors.layers[static_cast<std::size_t>(layer)], weights, layer));
   }
   model.final_norm = weights.read({tensors.final_norm});
   model.head.unembedding.weight = tensors.unembedding ? weights.read({*tensors.unembedding}) : model.embedding;
-  model.head.unembedding.packed = pack_weight_16_bits(model.head.unembedding.weight);
+  if (model.device.has_decode_kernels()) {
+    model.head.unembedding.packed = pack_weight_16_bits(model.head.unembedding.weight);
+  }
   return model;
 }
 

@@ -12,9 +12,10 @@
 namespace ht::engine {
 
 // A dense decoder-only transformer: transformers' LlamaForCausalLM (also SmolLM2), MistralForCausalLM (sliding window),
-// Qwen2ForCausalLM (biases on q, k, v) and Qwen3ForCausalLM (per-head q and k norms). They differ in what ModelSpec says
-// and share their tensor names.
+// Qwen2ForCausalLM (biases on q, k, v) and Qwen3ForCausalLM (per-head q and k norms). They differ in what ModelSpec
+// says and share their tensor names.
 struct DenseDecoder {
+  const Device& device;
   model_spec::ModelSpec spec;
   at::Tensor embedding;  // (vocab, hidden)
   std::vector<DecoderBlock> blocks;

@@ -19,6 +19,9 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
   return text + "]";
 }
 
+// Of a float32 slice on its way to a device.
+constexpr std::int64_t kSliceElements = 16 << 20;
+
 // Hands the file's pages back: they would count as ours until the load is over.
 void release_pages(const safetensors::TensorView& view) {
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -29,13 +32,16 @@ void release_pages(const safetensors::TensorView& view) {
 
 }  // namespace
 
-WeightSource::WeightSource(const std::filesystem::path& dir, std::int64_t total_elements, Progress progress)
-    : dir_(dir.string()),
+WeightSource::WeightSource(const Device& device, const std::filesystem::path& dir, std::int64_t total_elements,
+                           Progress progress)
+    : device_(device),
+      dir_(dir.string()),
       checkpoint_(safetensors::Checkpoint::open_directory(dir)),
       total_elements_(total_elements),
       progress_(std::move(progress)) {}
 
-void WeightSource::read_into(const model_spec::BaseTensor& tensor, float* out) {
+// `out`: the tensor's rows of the result, contiguous.
+void WeightSource::read_into(const model_spec::BaseTensor& tensor, const at::Tensor& out) {
   const auto& [name, shape] = tensor;
   const safetensors::TensorView& view = checkpoint_.at(name);
   if (view.shape != shape) {
@@ -45,12 +51,23 @@ void WeightSource::read_into(const model_spec::BaseTensor& tensor, float* out) {
   const std::int64_t rows = shape[0];
   const std::int64_t columns = shape.size() > 1 ? shape[1] : 1;
   if (shape.size() == 1) {
-    safetensors::read_rows_f32(view, 0, rows, out);
+    const at::Tensor values = at::empty({rows}, at::kFloat);
+    safetensors::read_rows_f32(view, 0, rows, values.data_ptr<float>());
+    out.copy_(values);
   } else {
+    const bool in_place = out.is_cpu() && out.scalar_type() == at::kFloat;
+    const std::int64_t slice_rows =
+        in_place ? rows : std::min(rows, std::max<std::int64_t>(1, kSliceElements / columns));
+    const at::Tensor slice = in_place ? out : at::empty({slice_rows, columns}, at::kFloat);
     const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / columns);
-    at::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) {
-      safetensors::read_rows_f32(view, begin, end, out + begin * columns);
-    });
+    for (std::int64_t first = 0; first < rows; first += slice_rows) {
+      const std::int64_t count = std::min(slice_rows, rows - first);
+      at::parallel_for(0, count, grain, [&, to = slice.data_ptr<float>()](std::int64_t begin, std::int64_t end) {
+        safetensors::read_rows_f32(view, first + begin, first + end, to + begin * columns);
+      });
+      // Rounded on this side: half as much crosses to the device.
+      if (!in_place) out.narrow(0, first, count).copy_(slice.narrow(0, 0, count).to(out.scalar_type()));
+    }
   }
   release_pages(view);
   done_elements_ += rows * columns;
@@ -62,11 +79,11 @@ void WeightSource::read_into(const model_spec::BaseTensor& tensor, float* out) {
 at::Tensor WeightSource::read(const std::vector<model_spec::BaseTensor>& tensors) {
   std::vector<std::int64_t> shape = tensors.front().shape;
   for (std::size_t i = 1; i < tensors.size(); ++i) shape[0] += tensors[i].shape[0];
-  at::Tensor result = at::empty(shape, at::kFloat);
-  float* out = result.data_ptr<float>();
+  const at::Tensor result = at::empty(shape, device_.options());
+  std::int64_t row = 0;
   for (const model_spec::BaseTensor& tensor : tensors) {
-    read_into(tensor, out);
-    out += tensor.shape[0] * (tensor.shape.size() > 1 ? tensor.shape[1] : 1);
+    read_into(tensor, result.narrow(0, row, tensor.shape[0]));
+    row += tensor.shape[0];
   }
   return result;
 }

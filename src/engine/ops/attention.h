@@ -4,22 +4,20 @@
 
 #include <cstdint>
 #include <span>
-#include <vector>
+
+#include "engine/device/device.h"
 
 namespace ht::engine {
 
-// Causal attention over packed sequences; query heads share key/value heads in groups (GQA).
-//   q (T, heads, d), k and v (T, kv_heads, d): float32, last dimension contiguous, rows may be strided.
-//   cu_seqlens [num_sequences + 1]; `window` > 0: position i sees the positions j with i - window < j <= i
-//   (transformers' sliding_window); the scores are scaled by 1 / sqrt(d).
-// Returns o (T, heads · d), contiguous. `lse` receives one log-sum-exp tensor per internal tile, for the backward.
-at::Tensor attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             std::span<const std::int32_t> cu_seqlens, std::int64_t window,
-                             std::vector<at::Tensor>& lse);
+// Attention itself is the device's (Device::attention_forward).
 
-// Writes the gradients of q, k and v into dqkv (T, (heads + 2 kv_heads) · d), side by side, given do (T, heads · d).
-void attention_backward(const at::Tensor& grad_o, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        const at::Tensor& o, std::span<const std::int32_t> cu_seqlens, std::int64_t window,
-                        const std::vector<at::Tensor>& lse, at::Tensor& dqkv);
+// The ranges of packed queries and keys, which must live as long as the result; k empty: the keys lie as the queries
+// do.
+AttentionRanges attention_ranges(const Device& device, std::span<const std::int32_t> q,
+                                 std::span<const std::int32_t> k = {});
+
+// softmax(q kᵀ / sqrt(d)) v with the scores written out, of the arguments of Device::attention_forward, in q's dtype.
+at::Tensor attention_reference(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const AttentionRanges& ranges, std::int64_t window);
 
 }  // namespace ht::engine

@@ -46,6 +46,8 @@ inline void expect_close(const at::Tensor& actual, const at::Tensor& expected, c
   EXPECT_LT(relative_error(actual, expected), tolerance) << what;
 }
 
-inline bool same_bits(const at::Tensor& a, const at::Tensor& b) { return at::equal(a, b); }
+inline bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  return at::equal(a, b);
+}
 
 }  // namespace ht::engine

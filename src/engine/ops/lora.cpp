@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "engine/ops/linear.h"
+
 namespace ht::engine {
 
 std::vector<at::Tensor> lora_project(const LoraView& lora, const at::Tensor& x) {
@@ -23,8 +25,8 @@ std::vector<at::Tensor> lora_forward(const LoraView& lora, const at::Tensor& x, 
     if (factors == nullptr) continue;
     at::Tensor y_segment = y.narrow(0, segment.row_begin, segment.row_end - segment.row_begin);
     for (const LoraPart& part : factors->parts) {
-      y_segment.narrow(1, part.out_begin, part.out_end - part.out_begin)
-          .addmm_(u[i].narrow(1, part.rank_begin, part.rank), part.b.t(), 1.0, segment.adapter->scale);
+      at::Tensor y_part = y_segment.narrow(1, part.out_begin, part.out_end - part.out_begin);
+      add_product(y_part, u[i].narrow(1, part.rank_begin, part.rank), part.b.t(), 1.0, segment.adapter->scale);
     }
   }
   return u;
@@ -46,12 +48,12 @@ void lora_backward(const LoraView& lora, const at::Tensor& x, const std::vector<
       at::mm_out(du_part, dy_part, part.b);
       if (part.grad_b.defined()) {
         at::Tensor grad_b = part.grad_b;
-        grad_b.addmm_(dy_part.t(), u[i].narrow(1, part.rank_begin, part.rank), 1.0, scale);
+        add_product(grad_b, dy_part.t(), u[i].narrow(1, part.rank_begin, part.rank), 1.0, scale);
       }
     }
     if (factors->grad_a.defined()) {
       at::Tensor grad_a = factors->grad_a;
-      grad_a.addmm_(du.t(), x.narrow(0, segment.row_begin, rows), 1.0, scale);
+      add_product(grad_a, du.t(), x.narrow(0, segment.row_begin, rows), 1.0, scale);
     }
     if (dx.defined()) dx.narrow(0, segment.row_begin, rows).addmm_(du, factors->a, 1.0, scale);
   }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "engine/device/cpu.h"
 #include "engine/ops/attention.h"
 #include "engine/ops/gradient_check.h"
 #include "engine/ops/linear.h"
@@ -17,52 +18,36 @@
 namespace ht::engine {
 namespace {
 
-at::Tensor rms_reference(const at::Tensor& x, const at::Tensor& w, double eps) {
-  return x * (x.square().mean(-1, true) + eps).rsqrt() * w.to(x.dtype());
-}
-
 TEST(RmsNorm, MatchesReferenceAndFiniteDifferences) {
   const at::Tensor x = test_tensor({5, 24}, 1), w = test_tensor({24}, 2), dy = test_tensor({5, 24}, 3);
   at::Tensor rstd;
-  const at::Tensor y = rms_norm_forward(x, w, 1e-5, rstd);
-  expect_close(y, rms_reference(x.to(at::kDouble), w, 1e-5), "y");
-  EXPECT_TRUE(same_bits(y, rms_norm_apply(x, w, rstd)));
+  const at::Tensor y = rms_norm_forward(cpu_device(), x, w, 1e-5, rstd);
+  expect_close(y, rms_norm_reference(x.to(at::kDouble), w, 1e-5), "y");
+  EXPECT_TRUE(same_bits(y, rms_norm_apply(cpu_device(), x, w, rstd)));
   const at::Tensor residual = test_tensor({5, 24}, 4);
   at::Tensor dx = residual.clone();
-  rms_norm_backward(dy, x, w, rstd, dx);
+  rms_norm_backward(cpu_device(), dy, x, w, rstd, dx);
   const at::Tensor expected = finite_differences(
-      [&](const at::Tensor& p) { return (rms_reference(p, w, 1e-5) * dy.to(at::kDouble)).sum(); }, x);
+      [&](const at::Tensor& p) { return (rms_norm_reference(p, w, 1e-5) * dy.to(at::kDouble)).sum(); }, x);
   expect_close(dx, expected + residual.to(at::kDouble), "dx");
-}
-
-at::Tensor swiglu_reference(const at::Tensor& x) {
-  const auto parts = x.chunk(2, -1);
-  return at::silu(parts[0]) * parts[1];
 }
 
 TEST(SwiGlu, MatchesReferenceAndFiniteDifferences) {
   at::Tensor x = test_tensor({4, 34}, 5, 2.0);
   const at::Tensor dy = test_tensor({4, 17}, 6);
-  expect_close(swiglu_forward(x), swiglu_reference(x.to(at::kDouble)), "act");
-  const at::Tensor expected = finite_differences(
-      [&](const at::Tensor& p) { return (swiglu_reference(p) * dy.to(at::kDouble)).sum(); }, x);
-  swiglu_backward(dy, x);
+  expect_close(swiglu_forward(cpu_device(), x), swiglu_reference(x.to(at::kDouble)), "act");
+  const at::Tensor expected =
+      finite_differences([&](const at::Tensor& p) { return (swiglu_reference(p) * dy.to(at::kDouble)).sum(); }, x);
+  swiglu_backward(cpu_device(), dy, x);
   expect_close(x, expected, "dx");
 }
 
 TEST(SwiGlu, LargeInputsStayFinite) {
   const at::Tensor x = at::tensor({-200.0f, 200.0f, -1e30f, 1.0f, 1.0f, 1.0f}).view({1, 6});
-  const at::Tensor act = swiglu_forward(x);
+  const at::Tensor act = swiglu_forward(cpu_device(), x);
   EXPECT_TRUE(at::isfinite(act).all().item<bool>());
   EXPECT_NEAR(act[0][0].item<float>(), 0.0f, 1e-30f);
   EXPECT_EQ(act[0][1].item<float>(), 200.0f);
-}
-
-at::Tensor rope_reference(const at::Tensor& x, const RopeTable& table) {  // x (T, heads, d)
-  const at::Tensor cos = at::cat({table.cos, table.cos}, -1).unsqueeze(1).to(x.dtype());
-  const at::Tensor sin = at::cat({table.sin, table.sin}, -1).unsqueeze(1).to(x.dtype());
-  const auto halves = x.chunk(2, -1);
-  return x * cos + at::cat({-halves[1], halves[0]}, -1) * sin;
 }
 
 struct RopeCase {
@@ -72,13 +57,7 @@ struct RopeCase {
   at::Tensor q_norm, k_norm;
 
   at::Tensor reference(const at::Tensor& qkv) const {
-    const auto parts = qkv.split_with_sizes({24, 12, 12}, 1);
-    at::Tensor q = parts[0].view({rows, 4, 6}), k = parts[1].view({rows, 2, 6});
-    if (q_norm.defined()) {
-      q = rms_reference(q, q_norm, 1e-6);
-      k = rms_reference(k, k_norm, 1e-6);
-    }
-    return at::cat({rope_reference(q, table).flatten(1), rope_reference(k, table).flatten(1), parts[2]}, 1);
+    return norm_rope_reference(qkv, shape, table, q_norm, k_norm, 1e-6);
   }
 };
 
@@ -90,66 +69,50 @@ void check_norm_rope(bool norm) {
   }
   const at::Tensor qkv = test_tensor({3, 48}, 10), dy = test_tensor({3, 48}, 11);
   at::Tensor work = qkv.clone();
-  const Heads heads = norm_rope_forward(work, c.shape, c.table, c.q_norm, c.k_norm, 1e-6);
+  const Heads heads = norm_rope_forward(cpu_device(), work, c.shape, c.table, c.q_norm, c.k_norm, 1e-6);
   const at::Tensor y = at::cat({heads.q.flatten(1), heads.k.flatten(1), heads.v.flatten(1)}, 1);
   expect_close(y, c.reference(qkv.to(at::kDouble)), "heads");
   at::Tensor dqkv = dy.clone();
-  norm_rope_backward(dqkv, work, heads, c.shape, c.table, c.q_norm, c.k_norm);
+  norm_rope_backward(cpu_device(), dqkv, work, heads, c.shape, c.table, c.q_norm, c.k_norm);
   const at::Tensor expected =
       finite_differences([&](const at::Tensor& p) { return (c.reference(p) * dy.to(at::kDouble)).sum(); }, qkv);
   expect_close(dqkv, expected, "dqkv");
 }
 
-TEST(NormRope, WithoutNorm) { check_norm_rope(false); }
-TEST(NormRope, WithNorm) { check_norm_rope(true); }
-
-// Causal attention of each sequence by plain softmax; qkv (T, (heads + 2 kv_heads) · d).
-at::Tensor attention_reference(const at::Tensor& qkv, const HeadShape& s, std::span<const std::int32_t> cu,
-                               std::int64_t window) {
-  std::vector<at::Tensor> out;
-  for (std::size_t i = 0; i + 1 < cu.size(); ++i) {
-    const std::int64_t length = cu[i + 1] - cu[i];
-    if (length == 0) continue;
-    const auto parts = qkv.narrow(0, cu[i], length)
-                           .split_with_sizes({s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim}, 1);
-    const auto heads = [&](const at::Tensor& x, std::int64_t n) {
-      return x.reshape({length, n, s.head_dim}).transpose(0, 1).repeat_interleave(s.heads / n, 0);
-    };
-    const at::Tensor q = heads(parts[0], s.heads), k = heads(parts[1], s.kv_heads), v = heads(parts[2], s.kv_heads);
-    const at::Tensor row = at::arange(length).unsqueeze(1), column = at::arange(length).unsqueeze(0);
-    at::Tensor hidden = column.gt(row);
-    if (window > 0) hidden = hidden.logical_or(column.le(row - window));
-    const at::Tensor scores = (at::matmul(q, k.transpose(1, 2)) / std::sqrt(static_cast<double>(s.head_dim)))
-                                  .masked_fill(hidden, -std::numeric_limits<double>::infinity());
-    out.push_back(at::matmul(at::softmax(scores, -1), v).transpose(0, 1).reshape({length, s.heads * s.head_dim}));
-  }
-  return at::cat(out, 0);
+TEST(NormRope, WithoutNorm) {
+  check_norm_rope(false);
+}
+TEST(NormRope, WithNorm) {
+  check_norm_rope(true);
 }
 
 void check_attention(const std::vector<std::int32_t>& cu, std::int64_t window, const HeadShape& s, bool differences) {
   const std::int64_t rows = cu.back(), width = (s.heads + 2 * s.kv_heads) * s.head_dim;
   const at::Tensor qkv = test_tensor({rows, width}, 12), grad_o = test_tensor({rows, s.heads * s.head_dim}, 13);
-  const auto head = [&](std::int64_t column, std::int64_t n) {
-    return qkv.narrow(1, column, n * s.head_dim).view({rows, n, s.head_dim});
+  const AttentionRanges ranges = attention_ranges(cpu_device(), cu);
+  const auto head = [&](const at::Tensor& x, std::int64_t column, std::int64_t n) {
+    return x.narrow(1, column * s.head_dim, n * s.head_dim).view({rows, n, s.head_dim});
   };
-  const at::Tensor q = head(0, s.heads), k = head(s.heads * s.head_dim, s.kv_heads),
-                   v = head((s.heads + s.kv_heads) * s.head_dim, s.kv_heads);
+  const at::Tensor q = head(qkv, 0, s.heads), k = head(qkv, s.heads, s.kv_heads),
+                   v = head(qkv, s.heads + s.kv_heads, s.kv_heads);
+  const auto reference = [&](const at::Tensor& x) {
+    return attention_reference(head(x, 0, s.heads), head(x, s.heads, s.kv_heads),
+                               head(x, s.heads + s.kv_heads, s.kv_heads), ranges, window);
+  };
   const auto run = [&](at::Tensor& dqkv) {
-    std::vector<at::Tensor> lse;
-    const at::Tensor o = attention_forward(q, k, v, cu, window, lse);
+    std::vector<at::Tensor> saved;
+    const at::Tensor o = cpu_device().attention_forward(q, k, v, ranges, window, saved);
     dqkv = at::empty({rows, width}, at::kFloat);
-    attention_backward(grad_o, q, k, v, o, cu, window, lse, dqkv);
+    cpu_device().attention_backward(grad_o, q, k, v, o, ranges, window, saved, dqkv);
     return o;
   };
   at::Tensor dqkv, again;
   const at::Tensor o = run(dqkv);
-  expect_close(o, attention_reference(qkv.to(at::kDouble), s, cu, window), "o");
+  expect_close(o, reference(qkv.to(at::kDouble)), "o");
   EXPECT_TRUE(same_bits(o, run(again)));
   EXPECT_TRUE(same_bits(dqkv, again));
   at::Tensor expected;
-  const auto loss = [&](const at::Tensor& p) {
-    return (attention_reference(p, s, cu, window) * grad_o.to(at::kDouble)).sum();
-  };
+  const auto loss = [&](const at::Tensor& p) { return (reference(p) * grad_o.to(at::kDouble)).sum(); };
   if (differences) {
     expected = finite_differences(loss, qkv);
   } else {
@@ -160,16 +123,29 @@ void check_attention(const std::vector<std::int32_t>& cu, std::int64_t window, c
   expect_close(dqkv, expected, "dqkv", 5e-6);
 }
 
-TEST(Attention, RaggedSequences) { check_attention({0, 3, 4, 9}, 0, {2, 2, 4}, true); }
-TEST(Attention, EqualLengthsShareACall) { check_attention({0, 4, 8, 12, 12, 14}, 0, {4, 2, 4}, true); }
-TEST(Attention, GroupedHeads) { check_attention({0, 7}, 0, {9, 3, 4}, true); }
-TEST(Attention, Window) { check_attention({0, 2, 11}, 3, {2, 1, 4}, true); }
-TEST(Attention, WindowOverSeveralTiles) { check_attention({0, 1100, 1110}, 300, {2, 1, 8}, false); }
-TEST(Attention, Long) { check_attention({0, 600, 1200, 1300}, 0, {4, 2, 16}, false); }
+TEST(Attention, RaggedSequences) {
+  check_attention({0, 3, 4, 9}, 0, {2, 2, 4}, true);
+}
+TEST(Attention, EqualLengthsShareACall) {
+  check_attention({0, 4, 8, 12, 12, 14}, 0, {4, 2, 4}, true);
+}
+TEST(Attention, GroupedHeads) {
+  check_attention({0, 7}, 0, {9, 3, 4}, true);
+}
+TEST(Attention, Window) {
+  check_attention({0, 2, 11}, 3, {2, 1, 4}, true);
+}
+TEST(Attention, WindowOverSeveralTiles) {
+  check_attention({0, 1100, 1110}, 300, {2, 1, 8}, false);
+}
+TEST(Attention, Long) {
+  check_attention({0, 600, 1200, 1300}, 0, {4, 2, 16}, false);
+}
 
 TEST(Lora, SegmentsOfUnequalRank) {
   const std::int64_t rows = 9, in = 12, out = 10;
-  const at::Tensor x = test_tensor({rows, in}, 20), y0 = test_tensor({rows, out}, 21), dy = test_tensor({rows, out}, 22);
+  const at::Tensor x = test_tensor({rows, in}, 20), y0 = test_tensor({rows, out}, 21),
+                   dy = test_tensor({rows, out}, 22);
   std::array<AdapterView, 2> adapters;
   for (std::size_t i = 0; i < 2; ++i) {
     const std::int64_t rank = i == 0 ? 8 : 16;
@@ -198,7 +174,8 @@ TEST(Lora, SegmentsOfUnequalRank) {
   };
   for (const LoraSegment& s : segments) {
     const std::int64_t n = s.row_end - s.row_begin;
-    const at::Tensor xs = x.narrow(0, s.row_begin, n).to(at::kDouble), dys = dy.narrow(0, s.row_begin, n).to(at::kDouble);
+    const at::Tensor xs = x.narrow(0, s.row_begin, n).to(at::kDouble),
+                     dys = dy.narrow(0, s.row_begin, n).to(at::kDouble);
     if (s.adapter == nullptr) {
       EXPECT_TRUE(same_bits(y.narrow(0, s.row_begin, n), y0.narrow(0, s.row_begin, n)));
       continue;
@@ -223,20 +200,13 @@ TEST(TokenLogprobs, SeveralTargetsPerRow) {
   const std::vector<std::int64_t> offsets = {0, 1, 3, 5};
   const std::vector<float> dlogprobs = {-1.0f, 0.5f, 2.0f, 0.0f, 0.0f};
   const RowTargets rows{targets, offsets};
-  const auto reference = [&](const at::Tensor& x) {
-    const at::Tensor lp = at::log_softmax(x, 1);
-    std::vector<at::Tensor> picked;
-    for (std::int64_t r = 0; r < 3; ++r) {
-      for (std::int64_t t = offsets[r]; t < offsets[r + 1]; ++t) picked.push_back(lp[r][targets[t]]);
-    }
-    return at::stack(picked);
-  };
+  const auto reference = [&](const at::Tensor& x) { return token_logprobs_reference(x, rows); };
   at::Tensor work = logits.clone();
-  const at::Tensor lse = logsumexp_rows(work);
+  const at::Tensor lse = logsumexp_rows(cpu_device(), work);
   at::Tensor logprobs = at::empty({5}, at::kFloat);
-  gather_logprobs(work, lse, rows, 0, logprobs.data_ptr<float>());
+  gather_logprobs(cpu_device(), work, lse, rows, 0, logprobs.data_ptr<float>());
   EXPECT_LT((logprobs.to(at::kDouble) - reference(logits.to(at::kDouble))).abs().max().item<double>(), 2e-6);
-  logprobs_backward(work, lse, rows, 0, dlogprobs.data());
+  logprobs_backward(cpu_device(), work, lse, rows, 0, dlogprobs.data());
   const at::Tensor weights = at::tensor(dlogprobs).to(at::kDouble);
   expect_close(work, finite_differences([&](const at::Tensor& p) { return (reference(p) * weights).sum(); }, logits),
                "dlogits");
@@ -248,14 +218,14 @@ TEST(TokenLogprobs, ZeroGradientIsExactlyZeroWhateverTheLogits) {
   const std::vector<std::int32_t> targets = {3};
   const std::vector<std::int64_t> offsets = {0, 1};
   const float zero = 0.0f;
-  logprobs_backward(logits, at::zeros({1}), {targets, offsets}, 0, &zero);
+  logprobs_backward(cpu_device(), logits, at::zeros({1}), {targets, offsets}, 0, &zero);
   EXPECT_EQ(logits.abs().sum().item<float>(), 0.0f);
 }
 
 TEST(TokenLogprobs, LogSumExpIsAccurateOverALargeVocabulary) {
   const at::Tensor logits = test_tensor({2, 151936}, 31, 4.0) + 50.0;
   const at::Tensor expected = at::logsumexp(logits.to(at::kDouble), {1});
-  EXPECT_LT((logsumexp_rows(logits).to(at::kDouble) - expected).abs().max().item<double>(), 4e-6);
+  EXPECT_LT((logsumexp_rows(cpu_device(), logits).to(at::kDouble) - expected).abs().max().item<double>(), 4e-6);
 }
 
 TEST(Linear, BiasResidualAndBackward) {
@@ -273,9 +243,10 @@ TEST(Linear, BiasResidualAndBackward) {
 TEST(Determinism, EveryOpTwice) {
   const at::Tensor x = test_tensor({600, 256}, 50), w = test_tensor({256}, 51);
   at::Tensor rstd_a, rstd_b;
-  EXPECT_TRUE(same_bits(rms_norm_forward(x, w, 1e-5, rstd_a), rms_norm_forward(x, w, 1e-5, rstd_b)));
-  EXPECT_TRUE(same_bits(swiglu_forward(x), swiglu_forward(x)));
-  EXPECT_TRUE(same_bits(logsumexp_rows(x), logsumexp_rows(x)));
+  EXPECT_TRUE(same_bits(rms_norm_forward(cpu_device(), x, w, 1e-5, rstd_a),
+                        rms_norm_forward(cpu_device(), x, w, 1e-5, rstd_b)));
+  EXPECT_TRUE(same_bits(swiglu_forward(cpu_device(), x), swiglu_forward(cpu_device(), x)));
+  EXPECT_TRUE(same_bits(logsumexp_rows(cpu_device(), x), logsumexp_rows(cpu_device(), x)));
   const BaseLinear linear{test_tensor({384, 256}, 52), {}};
   EXPECT_TRUE(same_bits(linear_forward(linear, x), linear_forward(linear, x)));
   const at::Tensor dy = test_tensor({600, 384}, 53);

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <numbers>
+#include <type_traits>
 
 #include "engine/ops/parallel_rows.h"
-#include "kernels/cpu/train_kernels.h"
+#include "engine/ops/rms_norm.h"
 
 namespace ht::engine {
 
@@ -43,7 +45,9 @@ void llama3(const RopeSpec& rope, std::vector<float>& inverse) {
   }
 }
 
-double yarn_mscale(double scale, double mscale) { return scale <= 1.0 ? 1.0 : 0.1 * mscale * std::log(scale) + 1.0; }
+double yarn_mscale(double scale, double mscale) {
+  return scale <= 1.0 ? 1.0 : 0.1 * mscale * std::log(scale) + 1.0;
+}
 
 double yarn_attention_factor(const RopeSpec& rope) {
   if (rope.attention_factor) return *rope.attention_factor;
@@ -144,8 +148,29 @@ RopeTable rope_table(const ModelSpec& spec, const PackedSequences& batch) {
   return table;
 }
 
-Heads norm_rope_forward(at::Tensor& qkv, const HeadShape& shape, const RopeTable& rope, const at::Tensor& q_norm,
-                        const at::Tensor& k_norm, double eps) {
+namespace {
+
+HtNormRope kernel_arguments(const RopeTable& rope, const at::Tensor& norm, double eps, std::int64_t heads,
+                            std::int64_t head_dim) {
+  return {heads,
+          head_dim,
+          rope.cos.const_data_ptr<float>(),
+          rope.sin.const_data_ptr<float>(),
+          norm.defined() ? norm.const_data_ptr() : nullptr,
+          static_cast<float>(eps)};
+}
+
+template <typename Pointer>
+Pointer* advance(Pointer* data, std::int64_t elements, const at::Tensor& of) {
+  using Byte = std::conditional_t<std::is_const_v<Pointer>, const std::byte, std::byte>;
+  return static_cast<Byte*>(data) + elements * of.element_size();
+}
+
+}  // namespace
+
+Heads norm_rope_forward(const Device& device, at::Tensor& qkv, const HeadShape& shape, const RopeTable& rope,
+                        const at::Tensor& q_norm, const at::Tensor& k_norm, double eps) {
+  const HtKernelTable& kernels = device.kernels();
   const std::int64_t rows = qkv.size(0), width = qkv.size(1), d = shape.head_dim;
   const std::int64_t q_size = shape.heads * d, kv_size = shape.kv_heads * d;
   const bool norm = q_norm.defined();
@@ -154,48 +179,62 @@ Heads norm_rope_forward(at::Tensor& qkv, const HeadShape& shape, const RopeTable
   if (norm) {
     heads.q = at::empty({rows, shape.heads, d}, qkv.options());
     heads.k = at::empty({rows, shape.kv_heads, d}, qkv.options());
-    heads.rstd_q = at::empty({rows, shape.heads}, qkv.options());
-    heads.rstd_k = at::empty({rows, shape.kv_heads}, qkv.options());
+    heads.rstd_q = at::empty({rows, shape.heads}, device.float_options());
+    heads.rstd_k = at::empty({rows, shape.kv_heads}, device.float_options());
   } else {
     heads.q = qkv.narrow(1, 0, q_size).view({rows, shape.heads, d});
     heads.k = qkv.narrow(1, q_size, kv_size).view({rows, shape.kv_heads, d});
   }
-  const float* in = qkv.const_data_ptr<float>();
-  const float* cos = rope.cos.const_data_ptr<float>();
-  const float* sin = rope.sin.const_data_ptr<float>();
-  const float* qw = norm ? q_norm.const_data_ptr<float>() : nullptr;
-  const float* kw = norm ? k_norm.const_data_ptr<float>() : nullptr;
-  float* q = heads.q.data_ptr<float>();
-  float* k = heads.k.data_ptr<float>();
+  const HtNormRope of_q = kernel_arguments(rope, q_norm, eps, shape.heads, d);
+  const HtNormRope of_k = kernel_arguments(rope, k_norm, eps, shape.kv_heads, d);
+  const void* in = qkv.const_data_ptr();
+  const void* in_k = advance(in, q_size, qkv);
+  void* q = heads.q.data_ptr();
+  void* k = heads.k.data_ptr();
   float* rq = norm ? heads.rstd_q.data_ptr<float>() : nullptr;
   float* rk = norm ? heads.rstd_k.data_ptr<float>() : nullptr;
-  const float e = static_cast<float>(eps);
-  parallel_rows(rows, width, [&](std::int64_t begin, std::int64_t end) {
-    ht_norm_rope_forward(in, width, q, norm ? q_size : width, cos, sin, qw, rq, e, shape.heads, d, begin, end);
-    ht_norm_rope_forward(in + q_size, width, k, norm ? kv_size : width, cos, sin, kw, rk, e, shape.kv_heads, d, begin,
-                         end);
+  launch_rows(kernels, rows, width, [&](std::int64_t begin, std::int64_t end) {
+    kernels.norm_rope_forward(device.stream(), &of_q, in, width, q, norm ? q_size : width, rq, begin, end);
+    kernels.norm_rope_forward(device.stream(), &of_k, in_k, width, k, norm ? kv_size : width, rk, begin, end);
   });
   return heads;
 }
 
-void norm_rope_backward(at::Tensor& dqkv, const at::Tensor& qkv, const Heads& heads, const HeadShape& shape,
-                        const RopeTable& rope, const at::Tensor& q_norm, const at::Tensor& k_norm) {
+void norm_rope_backward(const Device& device, at::Tensor& dqkv, const at::Tensor& qkv, const Heads& heads,
+                        const HeadShape& shape, const RopeTable& rope, const at::Tensor& q_norm,
+                        const at::Tensor& k_norm) {
+  const HtKernelTable& kernels = device.kernels();
   const std::int64_t rows = dqkv.size(0), width = dqkv.size(1), d = shape.head_dim;
   const std::int64_t q_size = shape.heads * d;
   const bool norm = q_norm.defined();
-  float* dp = dqkv.data_ptr<float>();
-  const float* in = qkv.const_data_ptr<float>();
-  const float* cos = rope.cos.const_data_ptr<float>();
-  const float* sin = rope.sin.const_data_ptr<float>();
-  const float* qw = norm ? q_norm.const_data_ptr<float>() : nullptr;
-  const float* kw = norm ? k_norm.const_data_ptr<float>() : nullptr;
+  const HtNormRope of_q = kernel_arguments(rope, q_norm, 0, shape.heads, d);
+  const HtNormRope of_k = kernel_arguments(rope, k_norm, 0, shape.kv_heads, d);
+  void* dq = dqkv.data_ptr();
+  void* dk = advance(dq, q_size, dqkv);
+  const void* in = qkv.const_data_ptr();
+  const void* in_k = advance(in, q_size, qkv);
   const float* rq = norm ? heads.rstd_q.const_data_ptr<float>() : nullptr;
   const float* rk = norm ? heads.rstd_k.const_data_ptr<float>() : nullptr;
-  parallel_rows(rows, width, [&](std::int64_t begin, std::int64_t end) {
-    ht_norm_rope_backward(dp, width, in, width, cos, sin, qw, rq, dp, width, shape.heads, d, begin, end);
-    ht_norm_rope_backward(dp + q_size, width, in + q_size, width, cos, sin, kw, rk, dp + q_size, width, shape.kv_heads,
-                          d, begin, end);
+  launch_rows(kernels, rows, width, [&](std::int64_t begin, std::int64_t end) {
+    kernels.norm_rope_backward(device.stream(), &of_q, dq, width, in, width, rq, begin, end);
+    kernels.norm_rope_backward(device.stream(), &of_k, dk, width, in_k, width, rk, begin, end);
   });
+}
+
+at::Tensor norm_rope_reference(const at::Tensor& qkv, const HeadShape& shape, const RopeTable& rope,
+                               const at::Tensor& q_norm, const at::Tensor& k_norm, double eps) {
+  const std::int64_t rows = qkv.size(0), d = shape.head_dim, kv_size = shape.kv_heads * d;
+  const auto both_halves = [&](const at::Tensor& x) { return at::cat({x, x}, -1).unsqueeze(1).to(qkv.dtype()); };
+  const auto rotated = [&](const at::Tensor& x, std::int64_t heads, const at::Tensor& norm) {
+    at::Tensor h = x.view({rows, heads, d});
+    if (norm.defined()) h = rms_norm_reference(h, norm, eps);
+    const auto halves = h.chunk(2, -1);
+    return (h * both_halves(rope.cos) + at::cat({-halves[1], halves[0]}, -1) * both_halves(rope.sin)).flatten(1);
+  };
+  const auto parts = qkv.split_with_sizes({shape.heads * d, kv_size, kv_size}, 1);
+  return at::cat({rotated(parts[0].contiguous(), shape.heads, q_norm),
+                  rotated(parts[1].contiguous(), shape.kv_heads, k_norm), parts[2]},
+                 1);
 }
 
 }  // namespace ht::engine

@@ -16,7 +16,9 @@ constexpr std::int64_t kGrainWork = 200'000;
 
 }  // namespace
 
-bool is_skinny(const at::Tensor& x) { return x.size(0) <= HT_SKINNY_MAX_M && x.stride(1) == 1; }
+bool is_skinny(const at::Tensor& x) {
+  return x.size(0) <= HT_SKINNY_MAX_M && x.stride(1) == 1 && x.scalar_type() == at::kFloat && x.is_cpu();
+}
 
 void skinny_gemm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& residual,
                  float alpha, const at::Tensor& out) {

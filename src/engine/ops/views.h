@@ -28,14 +28,14 @@ struct LoraPart {
   std::int64_t out_end = 0;
   std::int64_t rank_begin = 0;  // columns of u = x Aᵀ that feed this part
   std::int64_t rank = 0;        // padded
-  at::Tensor b;                 // float32 (out_end - out_begin, rank)
-  at::Tensor grad_b;            // same shape; undefined when nothing is trained
+  at::Tensor b;                 // (out_end - out_begin, rank), compute dtype
+  at::Tensor grad_b;            // same shape, float32; undefined when nothing is trained
 };
 
 // The factors of one (fused) linear for one adapter. The A's of its parts are stacked: one GEMM gives all u.
 struct LoraFactors {
-  at::Tensor a;       // float32 (sum of the parts' ranks, in); undefined: this linear has no LoRA
-  at::Tensor grad_a;  // same shape; undefined when nothing is trained
+  at::Tensor a;       // (sum of the parts' ranks, in), compute dtype; undefined: this linear has no LoRA
+  at::Tensor grad_a;  // same shape, float32; undefined when nothing is trained
   std::vector<LoraPart> parts;
 };
 
@@ -43,7 +43,8 @@ struct LoraFactors {
 enum class LoraSlot { qkv = 0, o = 1, gate_up = 2, down = 3 };
 inline constexpr int kLoraSlots = 4;
 
-// All factors of one adapter, as views of its flat buffer. Built once per adapter version, used by every batch.
+// All factors of one adapter, as views of its flat buffer or of a copy of it in the compute dtype. Built once per
+// adapter version, used by every batch.
 struct AdapterView {
   double scale = 0;
   std::vector<std::array<LoraFactors, kLoraSlots>> layers;
@@ -71,9 +72,9 @@ class LoraView {
   // nullptr: the segment has no LoRA on this linear.
   const LoraFactors* factors(const LoraSegment& segment) const {
     if (segment.adapter == nullptr || segment.row_begin == segment.row_end) return nullptr;
-    const LoraFactors& found = layer_ < 0 ? segment.adapter->unembed
-                                          : segment.adapter->layers[static_cast<std::size_t>(layer_)]
-                                                                   [static_cast<std::size_t>(slot_)];
+    const LoraFactors& found =
+        layer_ < 0 ? segment.adapter->unembed
+                   : segment.adapter->layers[static_cast<std::size_t>(layer_)][static_cast<std::size_t>(slot_)];
     return found.a.defined() ? &found : nullptr;
   }
 
@@ -86,8 +87,8 @@ class LoraView {
   LoraSlot slot_;
 };
 
-// What replaces the packed causal attention when keys and values live in a cache: called once per layer with the layer's
-// post-rope q [T, heads, head_dim], k [T, kv_heads, head_dim] and v [T, kv_heads, head_dim] (float32; the last dimension
+// What replaces the packed causal attention when keys and values live in a cache: called once per layer with the
+// layer's post-rope q [T, heads, head_dim], k [T, kv_heads, head_dim] and v [T, kv_heads, head_dim] (the last dimension
 // is contiguous, the rows may be strided). It stores k and v and returns o [T, heads * head_dim], contiguous.
 struct InferenceAttention {
   virtual ~InferenceAttention() = default;

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/device/cpu.h"
 #include "model_spec/lora_sites.h"
 #include "model_spec/model_spec.h"
 
@@ -30,7 +31,7 @@ class AdapterLayout {
   int padded_rank() const { return padded_rank_; }
   double scale() const { return model_spec::kLoraAlpha / config_.rank; }
   std::int64_t numel() const { return numel_; }
-  const std::vector<model_spec::LoraSite>& sites() const { return sites_; }   // model_spec::lora_sites order
+  const std::vector<model_spec::LoraSite>& sites() const { return sites_; }  // model_spec::lora_sites order
   const Site& site(std::size_t index) const { return offsets_[index]; }
 
  private:
@@ -44,10 +45,11 @@ class AdapterLayout {
 // An immutable set of adapter weights: what a sampler version is, and what a forward pass reads.
 struct AdapterWeights {
   std::shared_ptr<const AdapterLayout> layout;
-  at::Tensor flat;  // float32 [layout->numel()]
+  at::Tensor flat;  // float32 [layout->numel()], on the device or in host memory
 };
 
-// An adapter in training: master weights, accumulated gradient and Adam moments, each one flat float32 buffer.
+// An adapter in training: master weights, accumulated gradient and Adam moments, each one flat float32 buffer on
+// the device.
 struct Adapter {
   AdapterWeights weights;
   at::Tensor grad;
@@ -56,7 +58,8 @@ struct Adapter {
   std::int64_t step = 0;
 
   // Fresh: A by model_spec::initial_lora_a, B = 0.
-  static Adapter create(const model_spec::ModelSpec& spec, const model_spec::LoraConfig& config);
+  static Adapter create(const model_spec::ModelSpec& spec, const model_spec::LoraConfig& config,
+                        const Device& device = cpu_device());
 };
 
 // A copy that later optimizer steps do not touch.
@@ -71,11 +74,12 @@ std::uint64_t save_adapter_weights(const AdapterWeights& weights, const std::str
 std::uint64_t save_optimizer(const Adapter& adapter, const std::filesystem::path& dir);
 // Reads adapter_config.json's LoRA shape.
 model_spec::LoraConfig read_lora_config(const std::filesystem::path& dir);
-// Loads into buffers of `layout`'s shape; throws Error(user) naming the first tensor that is missing or of another shape.
+// Loads into host memory; throws Error(user) naming the first tensor that is missing or of another shape.
 AdapterWeights load_adapter_weights(const model_spec::ModelSpec& spec, const std::filesystem::path& dir);
 void load_optimizer(Adapter& adapter, const std::filesystem::path& dir);
 // A whole adapter for recovery: weights, moments, pending gradient, step; one file, bit-exact.
 void save_adapter_state(const Adapter& adapter, const std::filesystem::path& file);
-Adapter load_adapter_state(const model_spec::ModelSpec& spec, const std::filesystem::path& file);
+Adapter load_adapter_state(const model_spec::ModelSpec& spec, const std::filesystem::path& file,
+                           const Device& device = cpu_device());
 
 }  // namespace ht::engine

@@ -36,8 +36,9 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 }
 
 // The factors of a flat buffer at the real rank, to write; `storage` keeps the copies alive.
-void collect(const AdapterLayout& layout, const at::Tensor& flat, const std::string& suffix,
+void collect(const AdapterLayout& layout, const at::Tensor& buffer, const std::string& suffix,
              std::vector<TensorToWrite>& tensors, std::vector<at::Tensor>& storage) {
+  const at::Tensor flat = buffer.cpu();
   const std::int64_t rank = layout.rank(), padded = layout.padded_rank();
   for (std::size_t i = 0; i < layout.sites().size(); ++i) {
     if (!layout.site(i).enabled) continue;
@@ -58,8 +59,7 @@ const safetensors::TensorView& checked(const safetensors::Checkpoint& file, cons
                                        const std::vector<std::int64_t>& shape) {
   const safetensors::TensorView& view = file.at(name);
   if (view.shape != shape) {
-    throw user_error("tensor " + name + " has the shape " + shape_text(view.shape) + ", expected " +
-                     shape_text(shape));
+    throw user_error("tensor " + name + " has the shape " + shape_text(view.shape) + ", expected " + shape_text(shape));
   }
   return view;
 }
@@ -116,9 +116,12 @@ json::value lora_json(const LoraConfig& config, const std::string& base_model) {
 
 std::map<std::string, std::string> config_metadata(const Adapter& adapter) {
   const LoraConfig& c = adapter.weights.layout->config();
-  return {{"rank", std::to_string(c.rank)},           {"seed", std::to_string(c.seed)},
-          {"train_attn", c.train_attn ? "1" : "0"},   {"train_mlp", c.train_mlp ? "1" : "0"},
-          {"train_unembed", c.train_unembed ? "1" : "0"}, {"step", std::to_string(adapter.step)}};
+  return {{"rank", std::to_string(c.rank)},
+          {"seed", std::to_string(c.seed)},
+          {"train_attn", c.train_attn ? "1" : "0"},
+          {"train_mlp", c.train_mlp ? "1" : "0"},
+          {"train_unembed", c.train_unembed ? "1" : "0"},
+          {"step", std::to_string(adapter.step)}};
 }
 
 const std::string& metadata_value(const safetensors::Checkpoint& file, const std::string& key) {
@@ -172,10 +175,12 @@ LoraConfig read_lora_config(const std::filesystem::path& dir) {
     return found->to_number<double>();
   };
   if (number("lora_alpha") != model_spec::kLoraAlpha) {
-    throw user_error(path.string() + ": lora_alpha is " + std::to_string(number("lora_alpha")) + ", only 32 is supported");
+    throw user_error(path.string() + ": lora_alpha is " + std::to_string(number("lora_alpha")) +
+                     ", only 32 is supported");
   }
   const double rank = number("r");
-  if (!(rank >= 1 && rank <= 256)) throw user_error(path.string() + ": r is " + std::to_string(rank) + ", allowed are 1 to 256");
+  if (!(rank >= 1 && rank <= 256))
+    throw user_error(path.string() + ": r is " + std::to_string(rank) + ", allowed are 1 to 256");
   const json::value* targets = object.if_contains("target_modules");
   if (targets == nullptr || !targets->is_array()) {
     throw user_error(path.string() + ": target_modules must be a list of module names");
@@ -223,21 +228,26 @@ void load_optimizer(Adapter& adapter, const std::filesystem::path& dir) {
   distribute(layout, file, ".exp_avg", exp_avg);
   distribute(layout, file, ".exp_avg_sq", exp_avg_sq);
   std::memcpy(&adapter.step, step.data, sizeof(adapter.step));
-  adapter.exp_avg = std::move(exp_avg);
-  adapter.exp_avg_sq = std::move(exp_avg_sq);
+  adapter.exp_avg = exp_avg.to(adapter.exp_avg.device());
+  adapter.exp_avg_sq = exp_avg_sq.to(adapter.exp_avg_sq.device());
 }
 
 void save_adapter_state(const Adapter& adapter, const std::filesystem::path& file) {
   const std::int64_t n = adapter.weights.layout->numel();
-  safetensors::write_file(file,
-                          {{"weights", DType::f32, {n}, adapter.weights.flat.const_data_ptr()},
-                           {"grad", DType::f32, {n}, adapter.grad.const_data_ptr()},
-                           {"exp_avg", DType::f32, {n}, adapter.exp_avg.const_data_ptr()},
-                           {"exp_avg_sq", DType::f32, {n}, adapter.exp_avg_sq.const_data_ptr()}},
-                          config_metadata(adapter));
+  std::vector<TensorToWrite> tensors;
+  std::vector<at::Tensor> storage;
+  const auto add = [&](const char* name, const at::Tensor& buffer) {
+    storage.push_back(buffer.cpu());
+    tensors.push_back({name, DType::f32, {n}, storage.back().const_data_ptr()});
+  };
+  add("weights", adapter.weights.flat);
+  add("grad", adapter.grad);
+  add("exp_avg", adapter.exp_avg);
+  add("exp_avg_sq", adapter.exp_avg_sq);
+  safetensors::write_file(file, tensors, config_metadata(adapter));
 }
 
-Adapter load_adapter_state(const model_spec::ModelSpec& spec, const std::filesystem::path& path) {
+Adapter load_adapter_state(const model_spec::ModelSpec& spec, const std::filesystem::path& path, const Device& device) {
   const safetensors::Checkpoint file = safetensors::Checkpoint::open_file(path);
   LoraConfig config;
   config.rank = std::stoi(metadata_value(file, "rank"));
@@ -252,7 +262,7 @@ Adapter load_adapter_state(const model_spec::ModelSpec& spec, const std::filesys
   const auto read = [&](const char* name) {
     at::Tensor tensor = at::empty({n}, at::kFloat);
     safetensors::read_rows_f32(checked(file, name, {n}), 0, n, tensor.data_ptr<float>());
-    return tensor;
+    return tensor.to(device.torch_device());
   };
   adapter.weights.flat = read("weights");
   adapter.grad = read("grad");

@@ -74,24 +74,26 @@ AdapterLayout::AdapterLayout(const model_spec::ModelSpec& spec, const LoraConfig
   }
 }
 
-Adapter Adapter::create(const model_spec::ModelSpec& spec, const LoraConfig& config) {
+Adapter Adapter::create(const model_spec::ModelSpec& spec, const LoraConfig& config, const Device& device) {
   auto layout = std::make_shared<const AdapterLayout>(spec, config);
   Adapter adapter;
-  adapter.weights.flat = at::zeros({layout->numel()}, at::kFloat);
-  adapter.grad = at::zeros_like(adapter.weights.flat);
-  adapter.exp_avg = at::zeros_like(adapter.weights.flat);
-  adapter.exp_avg_sq = at::zeros_like(adapter.weights.flat);
-  float* flat = adapter.weights.flat.data_ptr<float>();
+  const at::Tensor initial = at::zeros({layout->numel()}, at::kFloat);
+  float* flat = initial.data_ptr<float>();
   for (std::size_t i = 0; i < layout->sites().size(); ++i) {
     if (!layout->site(i).enabled) continue;
     // The real rank's rows come first: padding rows of A stay zero.
     const std::vector<float> a = model_spec::initial_lora_a(layout->sites()[i], config.rank, config.seed);
     std::memcpy(flat + layout->site(i).a_offset, a.data(), a.size() * sizeof(float));
   }
-  adapter.weights.layout = std::move(layout);
+  adapter.weights = {std::move(layout), initial.to(device.torch_device())};
+  adapter.grad = at::zeros_like(adapter.weights.flat);
+  adapter.exp_avg = at::zeros_like(adapter.weights.flat);
+  adapter.exp_avg_sq = at::zeros_like(adapter.weights.flat);
   return adapter;
 }
 
-AdapterWeights freeze(const Adapter& adapter) { return {adapter.weights.layout, adapter.weights.flat.clone()}; }
+AdapterWeights freeze(const Adapter& adapter) {
+  return {adapter.weights.layout, adapter.weights.flat.clone()};
+}
 
 }  // namespace ht::engine

@@ -36,19 +36,18 @@ LoraFactors factors_of(const AdapterLayout& layout, const at::Tensor& flat, cons
 
 }  // namespace
 
-AdapterView make_adapter_view(const AdapterWeights& weights, const at::Tensor& grad) {
+AdapterView make_adapter_view(const Device& device, const AdapterWeights& weights, const at::Tensor& grad) {
   const AdapterLayout& layout = *weights.layout;
+  const at::Tensor flat = weights.flat.to(device.torch_device(), device.compute_dtype());
   AdapterView view;
   view.scale = layout.scale();
   const std::size_t num_layers = (layout.sites().size() - 1) / 7;
   for (std::size_t layer = 0; layer < num_layers; ++layer) {
     const std::size_t first = layer * 7;
-    view.layers.push_back({factors_of(layout, weights.flat, grad, first, 3),
-                           factors_of(layout, weights.flat, grad, first + 3, 1),
-                           factors_of(layout, weights.flat, grad, first + 4, 2),
-                           factors_of(layout, weights.flat, grad, first + 6, 1)});
+    view.layers.push_back({factors_of(layout, flat, grad, first, 3), factors_of(layout, flat, grad, first + 3, 1),
+                           factors_of(layout, flat, grad, first + 4, 2), factors_of(layout, flat, grad, first + 6, 1)});
   }
-  view.unembed = factors_of(layout, weights.flat, grad, layout.sites().size() - 1, 1);
+  view.unembed = factors_of(layout, flat, grad, layout.sites().size() - 1, 1);
   return view;
 }
 

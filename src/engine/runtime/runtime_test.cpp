@@ -38,7 +38,7 @@ struct RuntimeTest : ::testing::Test {
 
   Adapter random_adapter(const model_spec::LoraConfig& config) {
     Adapter adapter = Adapter::create(spec, config);
-    const AdapterView view = make_adapter_view(adapter.weights);
+    const AdapterView view = make_adapter_view(cpu_device(), adapter.weights);
     // Real entries only: padding stays zero.
     const auto fill = [&](const LoraFactors& factors) {
       for (const LoraPart& part : factors.parts) part.b.narrow(1, 0, config.rank).normal_();
@@ -68,7 +68,7 @@ TEST_F(RuntimeTest, LayoutStacksFactorsThatShareAnInput) {
 
 TEST_F(RuntimeTest, FreshAdapterHasItsSeededAAndZeroB) {
   const Adapter adapter = Adapter::create(spec, {.rank = 2, .seed = 5, .train_mlp = false});
-  const AdapterView view = make_adapter_view(adapter.weights);
+  const AdapterView view = make_adapter_view(cpu_device(), adapter.weights);
   const LoraFactors& qkv = view.layers[1][static_cast<int>(LoraSlot::qkv)];
   const std::size_t k_site = 7 + 1;
   const std::vector<float> a = model_spec::initial_lora_a(adapter.weights.layout->sites()[k_site], 2, 5);
@@ -154,13 +154,13 @@ TEST_F(RuntimeTest, WrongAdapterFilesAreNamed) {
   EXPECT_THAT(with_config("{"), HasSubstr("no JSON object"));
   EXPECT_THAT(with_config(R"({"r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]})"), HasSubstr("lora_alpha"));
   EXPECT_THAT(with_config(R"({"r": 1e9, "lora_alpha": 32, "target_modules": ["q_proj"]})"), HasSubstr("r is"));
-  EXPECT_THAT(with_config(R"({"r": 2, "lora_alpha": 32, "target_modules": "all-linear"})"), HasSubstr("target_modules"));
+  EXPECT_THAT(with_config(R"({"r": 2, "lora_alpha": 32, "target_modules": "all-linear"})"),
+              HasSubstr("target_modules"));
   EXPECT_THAT(with_config(R"({"r": 2, "lora_alpha": 32, "target_modules": ["q_proj"]})"), HasSubstr("unembed_tokens"));
   EXPECT_THAT(with_config(R"({"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "unembed_tokens"]})"),
               HasSubstr("[2, 16], expected [4, 16]"));
-  EXPECT_THAT(
-      with_config(R"({"r": 2, "lora_alpha": 32, "target_modules": ["q_proj", "gate_proj", "unembed_tokens"]})"),
-      HasSubstr("gate_proj"));
+  EXPECT_THAT(with_config(R"({"r": 2, "lora_alpha": 32, "target_modules": ["q_proj", "gate_proj", "unembed_tokens"]})"),
+              HasSubstr("gate_proj"));
   EXPECT_THAT(user_error_of([&] { read_lora_config("/nonexistent"); }), HasSubstr("/nonexistent"));
 }
 

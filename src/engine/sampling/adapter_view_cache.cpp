@@ -7,11 +7,13 @@ namespace ht::engine {
 AdapterViewCache::Entry& AdapterViewCache::entry(const AdapterWeights& weights) {
   const auto found = entries_.find(weights.flat.unsafeGetTensorImpl());
   if (found != entries_.end()) return found->second;
-  Entry entry{WeakTensor(weights.flat.getIntrusivePtr()), make_adapter_view(weights), {}};
+  Entry entry{WeakTensor(weights.flat.getIntrusivePtr()), make_adapter_view(device_, weights), {}};
   return entries_.emplace(weights.flat.unsafeGetTensorImpl(), std::move(entry)).first->second;
 }
 
-const AdapterView* AdapterViewCache::get(const AdapterWeights& weights) { return &entry(weights).view; }
+const AdapterView* AdapterViewCache::get(const AdapterWeights& weights) {
+  return &entry(weights).view;
+}
 
 const PackedAdapter* AdapterViewCache::packed(const AdapterWeights& weights) {
   Entry& found = entry(weights);

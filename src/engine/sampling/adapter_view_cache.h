@@ -14,6 +14,8 @@ namespace ht::engine {
 // Views of the adapters that were used, kept while their weights live: making one costs hundreds of tensor handles.
 class AdapterViewCache {
  public:
+  explicit AdapterViewCache(const Device& device) : device_(device) {}
+
   const AdapterView* get(const AdapterWeights& weights);
   // A copy in the layout of batches of few rows.
   const PackedAdapter* packed(const AdapterWeights& weights);
@@ -30,6 +32,7 @@ class AdapterViewCache {
 
   Entry& entry(const AdapterWeights& weights);
 
+  const Device& device_;
   // A weak pointer keeps the tensor's address from being used again, so the address is a safe key.
   std::unordered_map<const c10::TensorImpl*, Entry> entries_;
 };

@@ -17,10 +17,7 @@ constexpr std::int64_t kParallelWork = 200'000;
 }  // namespace
 
 PagedKvCache::PagedKvCache(const model_spec::ModelSpec& spec, std::int32_t num_blocks, std::int32_t block_size)
-    : num_blocks_(num_blocks),
-      block_size_(block_size),
-      kv_heads_(spec.num_key_value_heads),
-      head_dim_(spec.head_dim) {
+    : KvCache(num_blocks, block_size), spec_(spec), kv_heads_(spec.num_key_value_heads), head_dim_(spec.head_dim) {
   for (int layer = 0; layer < spec.num_hidden_layers; ++layer) {
     keys_.push_back(at::empty({num_blocks, kv_heads_, head_dim_, block_size}, at::kFloat));
     values_.push_back(at::empty({num_blocks, kv_heads_, block_size, head_dim_}, at::kFloat));
@@ -29,11 +26,11 @@ PagedKvCache::PagedKvCache(const model_spec::ModelSpec& spec, std::int32_t num_b
 
 HtKvCache PagedKvCache::layer(int layer) const {
   const auto index = static_cast<std::size_t>(layer);
-  return {keys_[index].data_ptr<float>(), values_[index].data_ptr<float>(), kv_heads_, head_dim_, block_size_};
+  return {keys_[index].data_ptr<float>(), values_[index].data_ptr<float>(), kv_heads_, head_dim_, block_size()};
 }
 
 void PagedKvCache::copy_block(std::int32_t from, std::int32_t to) {
-  const std::int64_t size = kv_heads_ * head_dim_ * block_size_;
+  const std::int64_t size = kv_heads_ * head_dim_ * block_size();
   for (const auto* tensors : {&keys_, &values_}) {
     for (const at::Tensor& tensor : *tensors) {
       float* data = tensor.data_ptr<float>();
@@ -42,18 +39,20 @@ void PagedKvCache::copy_block(std::int32_t from, std::int32_t to) {
   }
 }
 
+std::unique_ptr<InferenceAttention> PagedKvCache::attention(std::span<const CachedSequence> sequences) {
+  return std::make_unique<PagedAttention>(spec_, *this, sequences);
+}
+
 PagedAttention::PagedAttention(const model_spec::ModelSpec& spec, PagedKvCache& cache,
                                std::span<const CachedSequence> sequences)
     : spec_(spec), cache_(cache) {
   const std::int64_t group = spec.num_attention_heads / spec.num_key_value_heads;
   const std::int64_t heads_a_tile = std::min<std::int64_t>(group, HT_ATTENTION_MAX_ROWS);
   const std::int64_t rows_a_tile = HT_ATTENTION_MAX_ROWS / heads_a_tile;
-  const std::int64_t block_size = cache.block_size();
   for (const CachedSequence& sequence : sequences) {
     for (std::int64_t row = sequence.row_begin; row < sequence.row_end; ++row) {
       const std::int64_t position = sequence.position + row - sequence.row_begin;
-      slots_.push_back(sequence.block_table[static_cast<std::size_t>(position / block_size)] * block_size +
-                       position % block_size);
+      slots_.push_back(cache.slot(sequence, position));
     }
     for (std::int64_t row = sequence.row_begin; row < sequence.row_end; row += rows_a_tile) {
       const std::int64_t rows = std::min(rows_a_tile, sequence.row_end - row);

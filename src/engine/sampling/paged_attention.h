@@ -7,37 +7,27 @@
 #include <vector>
 
 #include "engine/ops/views.h"
+#include "engine/sampling/kv_cache.h"
 #include "kernels/cpu/decode_kernels.h"
 #include "model_spec/model_spec.h"
 
 namespace ht::engine {
 
-// Keys and values of all layers in blocks of `block_size` positions, float32.
-class PagedKvCache {
+// A cache for the kernels of kernels/cpu/decode_kernels.h, float32.
+class PagedKvCache final : public KvCache {
  public:
   PagedKvCache(const model_spec::ModelSpec& spec, std::int32_t num_blocks, std::int32_t block_size);
 
-  std::int32_t num_blocks() const { return num_blocks_; }
-  std::int32_t block_size() const { return block_size_; }
   HtKvCache layer(int layer) const;
-  // Copies block `from` to `to` in every layer.
-  void copy_block(std::int32_t from, std::int32_t to);
+  void copy_block(std::int32_t from, std::int32_t to) override;
+  std::unique_ptr<InferenceAttention> attention(std::span<const CachedSequence> sequences) override;
 
  private:
-  std::int32_t num_blocks_;
-  std::int32_t block_size_;
+  const model_spec::ModelSpec& spec_;
   std::int64_t kv_heads_;
   std::int64_t head_dim_;
   std::vector<at::Tensor> keys_;    // (num_blocks, kv_heads, head_dim, block_size) a layer
   std::vector<at::Tensor> values_;  // (num_blocks, kv_heads, block_size, head_dim) a layer
-};
-
-// A sequence's part of a packed batch: rows [row_begin, row_end) at positions from `position` on.
-struct CachedSequence {
-  std::int64_t row_begin = 0;
-  std::int64_t row_end = 0;
-  std::int64_t position = 0;
-  std::span<const std::int32_t> block_table;
 };
 
 // Attention of the batch's rows over their sequences' cached prefixes and themselves; stores their keys and values.
@@ -45,8 +35,8 @@ class PagedAttention final : public InferenceAttention {
  public:
   PagedAttention(const model_spec::ModelSpec& spec, PagedKvCache& cache, std::span<const CachedSequence> sequences);
 
-  // Stores k and v of rows [row_begin, row_end), whose rows lie the strides apart. Every row's must be stored before any
-  // tile attends: a chunk's rows see each other.
+  // Stores k and v of rows [row_begin, row_end), whose rows lie the strides apart. Every row's must be stored before
+  // any tile attends: a chunk's rows see each other.
   void store(int layer, const float* k, std::int64_t k_stride, const float* v, std::int64_t v_stride,
              std::int64_t row_begin, std::int64_t row_end) const;
   // What ht_paged_attention takes for `tiles()`.

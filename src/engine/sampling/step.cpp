@@ -4,6 +4,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "engine/ops/parallel_rows.h"
@@ -11,6 +12,7 @@
 #include "engine/runtime/forward.h"
 #include "engine/sampling/adapter_view_cache.h"
 #include "engine/sampling/few_rows_forward.h"
+#include "engine/sampling/gathered_attention.h"
 #include "engine/sampling/logits_rows.h"
 #include "engine/sampling/paged_attention.h"
 
@@ -30,7 +32,7 @@ void check_tokens(const char* what, std::span<const std::int32_t> tokens, std::i
   }
 }
 
-void check_row(const StepRow& row, const PagedKvCache& cache, std::int32_t vocab) {
+void check_row(const StepRow& row, const KvCache& cache, std::int32_t vocab) {
   if (row.tokens.empty() || row.position < 0) throw server_error("a step row needs tokens at positions from 0 on");
   check_tokens("token", row.tokens, 0, vocab);
   const std::int64_t positions = std::int64_t{row.position} + static_cast<std::int64_t>(row.tokens.size());
@@ -41,11 +43,11 @@ void check_row(const StepRow& row, const PagedKvCache& cache, std::int32_t vocab
   check_tokens("cache block", row.block_table, 0, cache.num_blocks());
   const Score& score = row.score;
   const int rows = score.row_end - score.row_begin;
-  const bool sizes_fit = score.row_begin >= 0 && rows >= 0 && score.row_end <= static_cast<int>(row.tokens.size()) &&
-                         score.next_tokens.size() == static_cast<std::size_t>(rows) && score.topk >= 0 &&
-                         score.target_width >= 0 && score.alt_tokens >= 0 &&
-                         score.targets.size() == static_cast<std::size_t>(rows) *
-                                                     static_cast<std::size_t>(score.target_width);
+  const bool sizes_fit =
+      score.row_begin >= 0 && rows >= 0 && score.row_end <= static_cast<int>(row.tokens.size()) &&
+      score.next_tokens.size() == static_cast<std::size_t>(rows) && score.topk >= 0 && score.target_width >= 0 &&
+      score.alt_tokens >= 0 &&
+      score.targets.size() == static_cast<std::size_t>(rows) * static_cast<std::size_t>(score.target_width);
   if (!sizes_fit) throw server_error("a step row's score does not fit its tokens");
   check_tokens("scored token", score.next_tokens, 0, vocab);
   check_tokens("target token", score.targets, -1, vocab);
@@ -59,9 +61,16 @@ void check_row(const StepRow& row, const PagedKvCache& cache, std::int32_t vocab
 struct SamplingEngine::Impl {
   Impl(const BaseModel& base, std::int32_t num_blocks, std::int32_t block_size)
       : model(base),
-        cache(base.spec(), num_blocks, block_size),
-        few_rows(base.impl().model),
-        logits(at::empty({kLogitsRows, base.spec().vocab_size}, at::kFloat)) {}
+        views(base.device()),
+        logits(at::empty({kLogitsRows, base.spec().vocab_size}, base.device().float_options())) {
+    if (base.device().has_decode_kernels()) {
+      auto paged = std::make_unique<PagedKvCache>(base.spec(), num_blocks, block_size);
+      decode.emplace(Decode{*paged, FewRowsForward(base.impl().model)});
+      cache = std::move(paged);
+    } else {
+      cache = std::make_unique<GatheredKvCache>(base.device(), base.spec(), num_blocks, block_size);
+    }
+  }
 
   // hidden (T, hidden), `segments` in its rows, `wanted` in its order.
   void draw_and_score(std::span<const StepRow> rows, const at::Tensor& hidden, std::span<const LoraSegment> segments,
@@ -70,11 +79,17 @@ struct SamplingEngine::Impl {
   void draw_and_score(std::span<const StepRow> rows, std::span<const LogitsRow> wanted,
                       std::vector<StepRowResult>& results);
 
+  // The steps of few rows on a device that has kernels for them.
+  struct Decode {
+    PagedKvCache& cache;
+    FewRowsForward few_rows;
+  };
+
   const BaseModel& model;
-  PagedKvCache cache;
-  FewRowsForward few_rows;
+  std::unique_ptr<KvCache> cache;
+  std::optional<Decode> decode;
   AdapterViewCache views;
-  at::Tensor logits;  // (kLogitsRows, vocab), reused
+  at::Tensor logits;  // (kLogitsRows, vocab) float32 on the device, reused
 };
 
 SamplingEngine::SamplingEngine(const BaseModel& model, std::int32_t num_blocks, std::int32_t block_size) {
@@ -90,7 +105,7 @@ SamplingEngine::~SamplingEngine() = default;
 std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
   const c10::InferenceMode inference;
   const std::int32_t vocab = impl_->model.spec().vocab_size;
-  for (const StepRow& row : rows) check_row(row, impl_->cache, vocab);
+  for (const StepRow& row : rows) check_row(row, *impl_->cache, vocab);
   std::vector<StepRowResult> results(rows.size());
   if (rows.empty()) return results;
   impl_->views.drop_dead();
@@ -122,9 +137,9 @@ std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
     adapter_ends.push_back(static_cast<std::int64_t>(tokens.size()));
   }
 
-  PagedAttention attention(impl_->model.spec(), impl_->cache, sequences);
   const PackedSequences batch{tokens, positions, cu_seqlens};
-  if (batch.num_tokens() <= FewRowsForward::kMaxRows) {
+  if (impl_->decode && batch.num_tokens() <= FewRowsForward::kMaxRows) {
+    PagedAttention attention(impl_->model.spec(), impl_->decode->cache, sequences);
     std::vector<FewRowsForward::Segment> segments;
     for (std::size_t i = 0; i < adapters.size(); ++i) {
       segments.push_back({i == 0 ? 0 : adapter_ends[i - 1], adapter_ends[i],
@@ -132,7 +147,7 @@ std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
     }
     std::vector<std::int64_t> wanted_rows;
     for (const LogitsRow& row : wanted) wanted_rows.push_back(row.packed_row);
-    impl_->few_rows.run(batch, segments, attention, wanted_rows, impl_->logits.data_ptr<float>());
+    impl_->decode->few_rows.run(batch, segments, attention, wanted_rows, impl_->logits.data_ptr<float>());
     impl_->draw_and_score(rows, wanted, results);
     return results;
   }
@@ -141,7 +156,8 @@ std::vector<StepRowResult> SamplingEngine::run(std::span<const StepRow> rows) {
     segments.push_back({i == 0 ? 0 : adapter_ends[i - 1], adapter_ends[i],
                         adapters[i] == nullptr ? nullptr : impl_->views.get(*adapters[i])});
   }
-  const at::Tensor hidden = forward_hidden(impl_->model, batch, segments, attention);
+  const std::unique_ptr<InferenceAttention> attention = impl_->cache->attention(sequences);
+  const at::Tensor hidden = forward_hidden(impl_->model, batch, segments, *attention);
   impl_->draw_and_score(rows, hidden, segments, wanted, results);
   return results;
 }
@@ -165,7 +181,7 @@ void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, const a
       chunk_segments.back().row_end = i + 1;
     }
     at::Tensor chunk_logits = logits.narrow(0, 0, size);
-    logits_out(model, hidden.index_select(0, index), chunk_segments, chunk_logits);
+    logits_out(model, hidden.index_select(0, index.to(hidden.device())), chunk_segments, chunk_logits);
     draw_and_score(rows, chunk, results);
   }
 }
@@ -173,7 +189,8 @@ void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, const a
 void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, std::span<const LogitsRow> wanted,
                                           std::vector<StepRowResult>& results) {
   const auto vocab = static_cast<std::size_t>(model.spec().vocab_size);
-  const float* data = logits.const_data_ptr<float>();
+  const at::Tensor host = logits.narrow(0, 0, static_cast<std::int64_t>(wanted.size())).cpu();
+  const float* data = host.const_data_ptr<float>();
   std::vector<char> finite(wanted.size());
   const auto size = static_cast<std::int64_t>(wanted.size());
   parallel_rows(size, model.spec().vocab_size, [&](std::int64_t from, std::int64_t to) {
@@ -186,24 +203,19 @@ void SamplingEngine::Impl::draw_and_score(std::span<const StepRow> rows, std::sp
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     const StepRow& row = rows[wanted[i].step_row];
     if (finite[i]) continue;
-    results[wanted[i].step_row].error = "the logits at position " +
-                                        std::to_string(row.position + wanted[i].chunk_row) +
+    results[wanted[i].step_row].error = "the logits at position " + std::to_string(row.position + wanted[i].chunk_row) +
                                         " are not finite: the adapter's weights have diverged";
   }
 }
 
 void SamplingEngine::copy_block(std::int32_t from, std::int32_t to) {
   for (const std::int32_t block : {from, to}) {
-    if (block < 0 || block >= impl_->cache.num_blocks()) {
+    if (block < 0 || block >= impl_->cache->num_blocks()) {
       throw server_error("cache block " + std::to_string(block) + " is outside [0, " +
-                         std::to_string(impl_->cache.num_blocks()) + ")");
+                         std::to_string(impl_->cache->num_blocks()) + ")");
     }
   }
-  impl_->cache.copy_block(from, to);
-}
-
-std::int64_t SamplingEngine::block_bytes(const model_spec::ModelSpec& spec, std::int32_t block_size) {
-  return std::int64_t{2} * spec.num_hidden_layers * spec.kv_size() * block_size * static_cast<std::int64_t>(sizeof(float));
+  impl_->cache->copy_block(from, to);
 }
 
 }  // namespace ht::engine

@@ -34,12 +34,12 @@ struct Score {
 // One sequence's part of a step: a prefill chunk, or one token of decoding. Block b of a sequence's cache holds its
 // positions [b * block_size, (b + 1) * block_size) in cache block block_table[b].
 struct StepRow {
-  const AdapterWeights* adapter = nullptr;       // nullptr: the base model
-  std::span<const std::int32_t> tokens;          // input tokens at positions [position, position + tokens.size())
+  const AdapterWeights* adapter = nullptr;  // nullptr: the base model
+  std::span<const std::int32_t> tokens;     // input tokens at positions [position, position + tokens.size())
   std::int32_t position = 0;
-  std::span<const std::int32_t> block_table;     // covers position + tokens.size() positions
+  std::span<const std::int32_t> block_table;                // covers position + tokens.size() positions
   const worker_protocol::SamplingParams* params = nullptr;  // for draws and alternative tokens
-  std::span<const Draw> draws;                   // empty: this chunk does not reach the end of the prompt
+  std::span<const Draw> draws;                              // empty: this chunk does not reach the end of the prompt
   int topk_sample = 0;
   Score score;
 };
@@ -51,14 +51,14 @@ struct DrawResult {
 };
 
 struct StepRowResult {
-  // Not empty: this row's logits are not finite (a diverged adapter) and nothing else here is meant; the text is for the
-  // request's author. Other rows are not touched by it.
+  // Not empty: this row's logits are not finite (a diverged adapter) and nothing else here is meant; the text is for
+  // the request's author. Other rows are not touched by it.
   std::string error;
   std::vector<DrawResult> draws;
-  std::vector<float> prompt_logprobs;            // [row_end - row_begin], at temperature 1
+  std::vector<float> prompt_logprobs;  // [row_end - row_begin], at temperature 1
   worker_protocol::TopkLogprobs topk_prompt;
-  std::vector<float> target_logprobs;            // follows Score::targets, 0 where not requested
-  std::vector<std::int32_t> alt_tokens;          // [(row_end - row_begin) * alt_tokens]
+  std::vector<float> target_logprobs;    // follows Score::targets, 0 where not requested
+  std::vector<std::int32_t> alt_tokens;  // [(row_end - row_begin) * alt_tokens]
   std::vector<float> alt_logprobs;
 };
 
@@ -68,16 +68,13 @@ class SamplingEngine {
   SamplingEngine(const BaseModel& model, std::int32_t num_blocks, std::int32_t block_size);
   ~SamplingEngine();
 
-  // Runs all rows as one packed batch, writes their keys and values into the cache, draws and scores. Rows of one adapter
-  // may lie anywhere in `rows`. The same rows give the same bits. Throws Error(server) for rows that are no valid plan
-  // (nothing is written then).
+  // Runs all rows as one packed batch, writes their keys and values into the cache, draws and scores. Rows of one
+  // adapter may lie anywhere in `rows`. The same rows give the same bits. Throws Error(server) for rows that are no
+  // valid plan (nothing is written then).
   std::vector<StepRowResult> run(std::span<const StepRow> rows);
 
   // Copies cache block `from` to `to` in every layer: copy-on-write of a shared, partly filled block.
   void copy_block(std::int32_t from, std::int32_t to);
-
-  // Bytes of cache one block takes over all layers.
-  static std::int64_t block_bytes(const model_spec::ModelSpec& spec, std::int32_t block_size);
 
  private:
   struct Impl;

@@ -119,7 +119,7 @@ std::vector<std::vector<double>> trainer_logprobs(const BaseModel& model, const 
   std::iota(positions.begin(), positions.end(), 0);
   const std::vector<std::int32_t> cu = {0, static_cast<std::int32_t>(tokens.size())};
   AdapterView view;
-  if (adapter != nullptr) view = make_adapter_view(*adapter);
+  if (adapter != nullptr) view = make_adapter_view(cpu_device(), *adapter);
   const LoraSegment segment{0, static_cast<std::int64_t>(tokens.size()), adapter != nullptr ? &view : nullptr};
   const at::Tensor hidden = run_blocks(model.impl().model, {tokens, positions, cu}, {&segment, 1}, nullptr, nullptr,
                                        Recompute::none, {});

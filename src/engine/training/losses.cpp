@@ -35,8 +35,7 @@ Term policy_term(LossKind kind, const LossConfig& config, double lp, double q, d
     }
     case LossKind::dro: {
       const double difference = lp - q;
-      return {-(lp * advantage - 0.5 * config.beta * difference * difference),
-              -(advantage - config.beta * difference)};
+      return {-(lp * advantage - 0.5 * config.beta * difference * difference), -(advantage - config.beta * difference)};
     }
     case LossKind::stable_reinforce: {
       const double factor = std::min(ratio, config.ratio_max) * advantage;

@@ -7,15 +7,15 @@
 
 namespace ht::engine {
 
-// The inputs of a loss over consecutive targets; an empty span means "not given". lp is the current logprob of a target,
-// q the sampling policy's, A the advantage, ratio = exp(lp - q).
+// The inputs of a loss over consecutive targets; an empty span means "not given". lp is the current logprob of a
+// target, q the sampling policy's, A the advantage, ratio = exp(lp - q).
 struct LossInputs {
-  std::span<const float> logprobs;    // lp
-  std::span<const float> weights;     // cross_entropy; not given: 1
+  std::span<const float> logprobs;      // lp
+  std::span<const float> weights;       // cross_entropy; not given: 1
   std::span<const float> old_logprobs;  // q
-  std::span<const float> advantages;  // A
+  std::span<const float> advantages;    // A
   std::span<const float> sequence_ratio_mask;
-  std::span<const float> clip_low;   // per target, instead of the config's
+  std::span<const float> clip_low;  // per target, instead of the config's
   std::span<const float> clip_high;
 };
 

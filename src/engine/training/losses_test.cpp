@@ -48,8 +48,8 @@ double formula(LossKind kind, const LossConfig& c, std::size_t i, double lp, dou
 
 TEST(Losses, PolicyLossesMatchTheirFormulasAndDifferences) {
   const LossConfig config{.clip_low_threshold = 0.8, .clip_high_threshold = 1.2, .beta = 0.3, .ratio_max = 1.1};
-  for (const LossKind kind : {LossKind::importance_sampling, LossKind::ppo, LossKind::cispo, LossKind::dro,
-                              LossKind::stable_reinforce}) {
+  for (const LossKind kind :
+       {LossKind::importance_sampling, LossKind::ppo, LossKind::cispo, LossKind::dro, LossKind::stable_reinforce}) {
     std::vector<float> gradient(4);
     const double loss = token_loss(kind, config, policy_inputs(), gradient);
     double expected = 0;

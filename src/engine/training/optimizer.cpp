@@ -1,13 +1,11 @@
 #include "engine/training/optimizer.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
-#include "kernels/cpu/train_kernels.h"
+#include "engine/ops/parallel_rows.h"
 
 namespace ht::engine {
 
@@ -15,21 +13,21 @@ namespace {
 constexpr std::int64_t kBlock = 1 << 15;
 }
 
-double global_norm(const at::Tensor& flat) {
+double global_norm(const Device& device, const at::Tensor& flat) {
+  const HtKernelTable& kernels = device.kernels();
   const std::int64_t n = flat.numel(), blocks = (n + kBlock - 1) / kBlock;
   const float* x = flat.const_data_ptr<float>();
-  std::vector<double> sums(static_cast<std::size_t>(blocks));
-  at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t b = begin; b < end; ++b) {
-      sums[static_cast<std::size_t>(b)] = ht_sum_of_squares(x, b * kBlock, std::min(n, (b + 1) * kBlock));
-    }
+  const at::Tensor sums = at::empty({blocks}, flat.options().dtype(at::kDouble));
+  launch_rows(kernels, blocks, kBlock, [&, to = sums.data_ptr<double>()](std::int64_t begin, std::int64_t end) {
+    kernels.sum_of_squares(device.stream(), x, n, kBlock, to, begin, end);
   });
+  const at::Tensor host = sums.cpu();
   double total = 0;
-  for (const double sum : sums) total += sum;
+  for (std::int64_t b = 0; b < blocks; ++b) total += host.const_data_ptr<double>()[b];
   return std::sqrt(total);
 }
 
-void adamw_step(Adapter& adapter, const worker_protocol::AdamParams& params, double grad_norm) {
+void adamw_step(const Device& device, Adapter& adapter, const worker_protocol::AdamParams& params, double grad_norm) {
   ++adapter.step;
   const double t = static_cast<double>(adapter.step);
   HtAdamW a{};
@@ -48,8 +46,10 @@ void adamw_step(Adapter& adapter, const worker_protocol::AdamParams& params, dou
   const float* g = adapter.grad.const_data_ptr<float>();
   float* m = adapter.exp_avg.data_ptr<float>();
   float* v = adapter.exp_avg_sq.data_ptr<float>();
-  at::parallel_for(0, adapter.grad.numel(), kBlock,
-                   [&](std::int64_t begin, std::int64_t end) { ht_adamw(p, g, m, v, &a, begin, end); });
+  const HtKernelTable& kernels = device.kernels();
+  launch_rows(kernels, adapter.grad.numel(), 1, [&](std::int64_t begin, std::int64_t end) {
+    kernels.adamw(device.stream(), p, g, m, v, &a, begin, end);
+  });
 }
 
 }  // namespace ht::engine

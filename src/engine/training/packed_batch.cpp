@@ -25,8 +25,8 @@ void check(const TrainBatch& batch, const MicroBatchItem& item) {
                        " of a batch of " + std::to_string(datums));
   }
   if (batch.target_width.size() != static_cast<std::size_t>(datums) ||
-      (datums > 0 && (batch.cu_seqlens.front() != 0 ||
-                      batch.cu_seqlens.back() != static_cast<std::int64_t>(batch.tokens.size())))) {
+      (datums > 0 &&
+       (batch.cu_seqlens.front() != 0 || batch.cu_seqlens.back() != static_cast<std::int64_t>(batch.tokens.size())))) {
     throw server_error("a training batch whose offsets do not fit its arrays");
   }
   std::size_t targets = 0;

@@ -23,8 +23,8 @@ struct PackedBatch {
   std::vector<std::int32_t> targets;
   std::vector<std::int64_t> target_offsets;  // [rows + 1]
   std::vector<ItemRange> items;
-  std::vector<Adapter*> adapters;            // distinct, in order; adapter i has the rows of segment i
-  std::vector<LoraSegment> segments;         // without the adapters' views, which the caller fills in
+  std::vector<Adapter*> adapters;     // distinct, in order; adapter i has the rows of segment i
+  std::vector<LoraSegment> segments;  // without the adapters' views, which the caller fills in
 
   PackedSequences sequences() const { return {tokens, positions, cu_seqlens}; }
   RowTargets row_targets() const { return {targets, target_offsets}; }

@@ -86,22 +86,22 @@ std::vector<MicroBatchItemResult> Trainer::run_packed(std::span<const MicroBatch
   std::vector<AdapterView> views;
   for (Adapter* adapter : packed.adapters) {
     scratch.push_back(backward ? at::zeros_like(adapter->grad) : at::Tensor());
-    views.push_back(make_adapter_view(adapter->weights, scratch.back()));
+    views.push_back(make_adapter_view(model.device, adapter->weights, scratch.back()));
   }
   for (std::size_t i = 0; i < views.size(); ++i) packed.segments[i].adapter = &views[i];
 
   Tape tape;
   const PackedSequences sequences = packed.sequences();
   const RowTargets targets = packed.row_targets();
-  const at::Tensor hidden = run_blocks(model, sequences, packed.segments, nullptr, backward ? &tape : nullptr,
-                                       recompute, between_blocks);
+  const at::Tensor hidden =
+      run_blocks(model, sequences, packed.segments, nullptr, backward ? &tape : nullptr, recompute, between_blocks);
   std::vector<float> logprobs(packed.targets.size()), dlogprobs(packed.targets.size());
 
   // Items whose loss needs a whole datum's logprobs get them by a first pass through the head.
   for (std::size_t i = 0; i < items.size(); ++i) {
     const PackedBatch::ItemRange& range = packed.items[i];
     if (backward && items[i].loss != LossKind::gspo) continue;
-    model.head.logprobs(hidden, packed.segments, targets, range.row_begin, range.row_end, logprobs.data(),
+    model.head.logprobs(model.device, hidden, packed.segments, targets, range.row_begin, range.row_end, logprobs.data(),
                         between_blocks);
     results[i].loss_sum = datum_losses(items[i], range, logprobs.data(), dlogprobs.data());
   }
@@ -119,8 +119,8 @@ std::vector<MicroBatchItemResult> Trainer::run_packed(std::span<const MicroBatch
       }
     };
     const at::Tensor dhidden =
-        model.head.loss_backward(hidden, packed.segments, targets, loss, logprobs.data(), between_blocks);
-    run_blocks_backward(model, sequences, packed.segments, tape, dhidden, recompute, between_blocks);
+        model.head.loss_backward(model.device, hidden, packed.segments, targets, loss, logprobs.data(), between_blocks);
+    run_blocks_backward(model, packed.segments, tape, dhidden, recompute, between_blocks);
     for (std::size_t i = 0; i < packed.adapters.size(); ++i) packed.adapters[i]->grad.add_(scratch[i]);
   }
   for (std::size_t i = 0; i < items.size(); ++i) {
@@ -132,13 +132,13 @@ std::vector<MicroBatchItemResult> Trainer::run_packed(std::span<const MicroBatch
 
 std::map<std::string, double> Trainer::optim_step(Adapter& adapter, const worker_protocol::AdamParams& params) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const double norm = global_norm(adapter.grad);
+  const double norm = global_norm(model_.device(), adapter.grad);
   if (!std::isfinite(norm)) {
     adapter.grad.zero_();
     throw user_error("the gradient is not finite (its norm is " + std::to_string(norm) +
                      "): the step was skipped, weights and moments are unchanged, the gradient is cleared");
   }
-  adamw_step(adapter, params, norm);
+  adamw_step(model_.device(), adapter, params, norm);
   adapter.grad.zero_();
   return {{"grad_norm", norm}, {"learning_rate", params.learning_rate}, {"step", static_cast<double>(adapter.step)}};
 }

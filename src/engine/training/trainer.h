@@ -32,15 +32,16 @@ class Trainer {
  public:
   explicit Trainer(const BaseModel& model);
 
-  // One packed batch over all items; items of one adapter must be adjacent. With `backward`, gradients are added to each
-  // adapter's buffer. `between_blocks` is called between transformer blocks and between chunks of the head (a long batch
-  // lets samples through there); it may be empty, and what it throws passes through. Throws Error(server) on a failure that leaves gradients untouched.
+  // One packed batch over all items; items of one adapter must be adjacent. With `backward`, gradients are added to
+  // each adapter's buffer. `between_blocks` is called between transformer blocks and between chunks of the head (a long
+  // batch lets samples through there); it may be empty, and what it throws passes through. Throws Error(server) on a
+  // failure that leaves gradients untouched.
   std::vector<MicroBatchItemResult> run(std::span<const MicroBatchItem> items, bool backward,
                                         const std::function<void()>& between_blocks = {});
 
-  // AdamW with torch.optim.AdamW's arithmetic on the accumulated gradient, which is cleared. A non-finite gradient throws
-  // Error(user) and leaves weights, moments and step as they were (the gradient is cleared).
-  // Metrics: "grad_norm", "learning_rate", "step".
+  // AdamW with torch.optim.AdamW's arithmetic on the accumulated gradient, which is cleared. A non-finite gradient
+  // throws Error(user) and leaves weights, moments and step as they were (the gradient is cleared). Metrics:
+  // "grad_norm", "learning_rate", "step".
   std::map<std::string, double> optim_step(Adapter& adapter, const worker_protocol::AdamParams& params);
 
  private:
