@@ -12,6 +12,8 @@ namespace {
 constexpr std::uint64_t kFloat = 4;
 constexpr std::int64_t kHeadChunkRows = 256;  // logits in memory at once
 constexpr std::int64_t kDefaultCacheTokens = 32768;
+constexpr std::uint64_t kAdapterBuffers =
+    6;  // weights, gradient, two moments; a micro-batch's and a request's gradient
 
 std::string line(const std::string& name, std::uint64_t bytes, const std::string& note) {
   std::array<char, 64> head;
@@ -54,8 +56,9 @@ std::uint64_t kept_per_token(const ModelSpec& spec, const LoraConfig& lora, Reco
   return floats;
 }
 
-std::uint64_t activation_floats(const ModelSpec& spec, const MemoryDemand& demand) {
-  const auto tokens = static_cast<std::uint64_t>(demand.micro_batch_tokens);
+std::uint64_t activation_bytes(const ModelSpec& spec, const MemoryDemand& demand, std::int64_t num_tokens) {
+  if (num_tokens <= 0) return 0;
+  const auto tokens = static_cast<std::uint64_t>(num_tokens);
   const auto layers = static_cast<std::uint64_t>(spec.num_hidden_layers);
   std::uint64_t per_token = layers * kept_per_token(spec, demand.lora, demand.recompute);
   // In a backward: what the block computes again, gradients of its input, projection and gate/up; rope's cos and sin;
@@ -65,8 +68,8 @@ std::uint64_t activation_floats(const ModelSpec& spec, const MemoryDemand& deman
   per_token += static_cast<std::uint64_t>(spec.hidden_size) * 4 + static_cast<std::uint64_t>(spec.head_dim) +
                static_cast<std::uint64_t>(spec.q_size() + 2 * spec.kv_size()) +
                2 * static_cast<std::uint64_t>(spec.intermediate_size);
-  const auto chunk = static_cast<std::uint64_t>(std::min(demand.micro_batch_tokens, kHeadChunkRows));
-  return tokens * per_token + chunk * static_cast<std::uint64_t>(spec.vocab_size);
+  const auto chunk = static_cast<std::uint64_t>(std::min(num_tokens, kHeadChunkRows));
+  return (tokens * per_token + chunk * static_cast<std::uint64_t>(spec.vocab_size)) * kFloat;
 }
 
 std::uint64_t cache_bytes_per_token(const ModelSpec& spec) {
@@ -97,20 +100,27 @@ std::string size_text(std::uint64_t bytes) {
   return text.data();
 }
 
-MemoryPlan plan_memory(const ModelSpec& spec, const MemoryDemand& demand) {
+std::uint64_t adapter_bytes(const ModelSpec& spec, const LoraConfig& lora) {
+  LoraConfig stored = lora;
+  stored.rank = padded(lora.rank);
+  return static_cast<std::uint64_t>(num_lora_parameters(spec, stored)) * kAdapterBuffers * kFloat;
+}
+
+MemoryPlan plan_memory(const ModelSpec& spec, const MemoryDemand& demand, std::int64_t max_seq_len) {
   MemoryPlan plan;
   plan.demand = demand;
+  plan.max_seq_len = max_seq_len;
   plan.base_weights = static_cast<std::uint64_t>(num_parameters(spec)) * kFloat;
   if (demand.copy_16_bits) plan.base_copy = linear_elements(spec) * 2;
-  LoraConfig stored = demand.lora;
-  stored.rank = padded(demand.lora.rank);
-  plan.adapters = static_cast<std::uint64_t>(num_lora_parameters(spec, stored)) * 4 * kFloat *
-                  static_cast<std::uint64_t>(demand.num_adapters);
-  if (demand.micro_batch_tokens > 0) {
-    plan.activations = activation_floats(spec, demand) * kFloat + plan.adapters / 4;  // gradients of one micro-batch
-  }
+  const std::uint64_t one = adapter_bytes(spec, demand.lora);
+  plan.adapters =
+      demand.adapter_bytes > 0 ? demand.adapter_bytes : one * static_cast<std::uint64_t>(demand.num_adapters);
+  plan.tenants = static_cast<std::int64_t>(plan.adapters / one);
+  plan.activations = activation_bytes(spec, demand, demand.micro_batch_tokens);
+  if (max_seq_len > demand.micro_batch_tokens) plan.longest_datum = activation_bytes(spec, demand, max_seq_len);
   plan.kv_cache = static_cast<std::uint64_t>(demand.cache_tokens) * cache_bytes_per_token(spec);
   plan.sampler_versions = demand.version_bytes;
+  plan.file_copies = demand.copy_bytes;
   return plan;
 }
 
@@ -127,22 +137,38 @@ void divide_free_memory(const ModelSpec& spec, std::int64_t max_seq_len, std::ui
                      size_text(static_cast<std::uint64_t>(demand.cache_tokens) * token_bytes) + ", free are " +
                      size_text(free_bytes));
   }
-  const std::uint64_t cache = static_cast<std::uint64_t>(demand.cache_tokens) * token_bytes;
-  demand.version_bytes = (free_bytes - std::min(free_bytes, cache)) / 8;
+  const auto less = [](std::uint64_t from, std::uint64_t bytes) { return from - std::min(from, bytes); };
+  std::uint64_t left = less(free_bytes, static_cast<std::uint64_t>(demand.cache_tokens) * token_bytes);
+  if (demand.adapter_bytes > left) {
+    throw user_error("adapter_bytes is " + std::to_string(demand.adapter_bytes) + " (" +
+                     size_text(demand.adapter_bytes) + "), free are " + size_text(left) +
+                     " beside the key/value cache");
+  }
+  demand.version_bytes = less(left, demand.adapter_bytes) / 8;
+  left = less(left, demand.version_bytes + demand.adapter_bytes + free_bytes / 10 +
+                        activation_bytes(spec, demand, demand.micro_batch_tokens));
+  demand.copy_bytes = left / 5;
+  if (demand.adapter_bytes == 0) demand.adapter_bytes = left - demand.copy_bytes;
 }
 
 std::string MemoryPlan::to_text() const {
   std::string text = line("base weights", base_weights, "float32");
   if (base_copy > 0) text += line("base copy", base_copy, "16 bits, for decoding");
-  text += line("adapters", adapters,
-               std::to_string(demand.num_adapters) + " of rank " + std::to_string(demand.lora.rank) +
-                   ": weights, gradient, moments");
+  text += line("adapters", adapters, "weights, gradients, moments of those in training");
   text += line("activations", activations,
                "micro-batch of " + std::to_string(demand.micro_batch_tokens) + " tokens, recompute " +
                    std::string(name_of(demand.recompute)));
   text += line("KV cache", kv_cache, std::to_string(demand.cache_tokens) + " tokens");
   if (sampler_versions > 0) text += line("samplers", sampler_versions, "versions kept in memory, at most");
-  return text + line("total", total(), "");
+  if (file_copies > 0) text += line("file copies", file_copies, "buffers that are written behind, at most");
+  text += line("total", total(), "");
+  text += "fits " + std::to_string(tenants) + " tenants of rank " + std::to_string(demand.lora.rank) + " at length " +
+          std::to_string(longest_datum > 0 ? demand.micro_batch_tokens : std::max(max_seq_len, std::int64_t{1}));
+  if (longest_datum > 0) {
+    text += "; a datum of " + std::to_string(max_seq_len) + " tokens takes " + size_text(longest_datum - activations) +
+            " more while it runs";
+  }
+  return text + "\n";
 }
 
 }  // namespace ht::model_spec

@@ -25,7 +25,7 @@ TEST(MemoryPlan, CategoriesAreCountedFromTheShapes) {
   const MemoryPlan plan = plan_memory(
       smollm2(), {.lora = {.rank = 32}, .num_adapters = 2, .micro_batch_tokens = 2048, .cache_tokens = 1000});
   EXPECT_EQ(plan.base_weights, 134'515'008u * 4);
-  EXPECT_EQ(plan.adapters, static_cast<std::uint64_t>(num_lora_parameters(smollm2(), {.rank = 32})) * 4 * 4 * 2);
+  EXPECT_EQ(plan.adapters, static_cast<std::uint64_t>(num_lora_parameters(smollm2(), {.rank = 32})) * 4 * 6 * 2);
   EXPECT_EQ(plan.kv_cache, 1000u * 30 * 2 * 192 * 4);
   EXPECT_EQ(plan.total(), plan.base_weights + plan.adapters + plan.activations + plan.kv_cache);
 }
@@ -54,6 +54,13 @@ TEST(MemoryPlan, FreeMemoryIsDividedBetweenCacheAndVersions) {
   const MemoryDemand given = divided(8192, 1000 * kToken, {.cache_tokens = 600});
   EXPECT_EQ(given.cache_tokens, 600);
   EXPECT_EQ(given.version_bytes, 400 * kToken / 8);
+  // A tenth of all stays free, and the rest is for adapters and for writing them.
+  EXPECT_EQ(given.copy_bytes, (400 * kToken - 50 * kToken - 100 * kToken) / 5);
+  EXPECT_EQ(given.adapter_bytes, 4 * given.copy_bytes);
+  const MemoryDemand both = divided(8192, 1000 * kToken, {.cache_tokens = 600, .adapter_bytes = 400 * kToken});
+  EXPECT_EQ(both.adapter_bytes, 400 * kToken);
+  EXPECT_EQ(both.version_bytes + both.copy_bytes, 0u);
+  EXPECT_THROW(divided(8192, 1000 * kToken, {.cache_tokens = 600, .adapter_bytes = 400 * kToken + 1}), Error);
   EXPECT_THROW(divided(8192, 599 * kToken, {.cache_tokens = 600}), Error);
 }
 
@@ -78,10 +85,22 @@ TEST(MemoryPlan, TextHasALineACategory) {
   const std::string text =
       plan_memory(smollm2(), {.micro_batch_tokens = 512, .recompute = RecomputePolicy::block, .cache_tokens = 4096})
           .to_text();
-  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 5);
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 6);
   EXPECT_THAT(text, testing::StartsWith("base weights    513.1 MiB  (float32)\n"));
   EXPECT_THAT(text, testing::HasSubstr("micro-batch of 512 tokens, recompute block"));
   EXPECT_THAT(text, testing::HasSubstr("KV cache        180.0 MiB  (4096 tokens)\n"));
+}
+
+TEST(MemoryPlan, SaysHowManyTenantsFitAndWhatALongDatumTakes) {
+  const std::uint64_t one = adapter_bytes(smollm2(), {.rank = 16});
+  MemoryDemand demand{.lora = {.rank = 16}, .micro_batch_tokens = 512, .adapter_bytes = 3 * one + one / 2};
+  EXPECT_EQ(plan_memory(smollm2(), demand).tenants, 3);
+  EXPECT_THAT(plan_memory(smollm2(), demand, 512).to_text(),
+              testing::EndsWith("fits 3 tenants of rank 16 at length 512\n"));
+  const MemoryPlan longer = plan_memory(smollm2(), demand, 2048);
+  EXPECT_THAT(longer.to_text(), testing::HasSubstr("at length 512; a datum of 2048 tokens takes "));
+  demand.micro_batch_tokens = 2048;
+  EXPECT_EQ(longer.longest_datum, plan_memory(smollm2(), demand).activations);
 }
 
 }  // namespace

@@ -1,10 +1,18 @@
 #include "scheduler/sample_queue.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "base/error.h"
 
 namespace ht::scheduler {
+
+namespace {
+
+// Waiting sequences of an owner that a step looks at before one that can start.
+constexpr int kLookAhead = 256;
+
+}  // namespace
 
 std::int32_t SampleQueue::Sequence::token(std::int32_t position) const {
   const auto prompt_size = static_cast<std::int32_t>(request->prompt.size());
@@ -12,8 +20,8 @@ std::int32_t SampleQueue::Sequence::token(std::int32_t position) const {
                                 : generated[static_cast<std::size_t>(position - prompt_size)];
 }
 
-SampleQueue::SampleQueue(const SampleLimits& limits)
-    : limits_(limits), allocator_(limits.num_blocks), cache_(allocator_) {}
+SampleQueue::SampleQueue(const SampleLimits& limits, std::function<SampleStart(RequestId)> may_start)
+    : limits_(limits), allocator_(limits.num_blocks), cache_(allocator_), may_start_(std::move(may_start)) {}
 
 std::int32_t SampleQueue::blocks_for(std::int64_t positions) const {
   return static_cast<std::int32_t>((positions + limits_.block_size - 1) / limits_.block_size);
@@ -38,7 +46,25 @@ void SampleQueue::push(SampleRequest request) {
   arrival_of_[request.id] = arrival;
   Sequence sequence;
   sequence.request = std::make_shared<const SampleRequest>(std::move(request));
-  waiting_.emplace(SequenceKey{arrival, -1}, std::move(sequence));
+  add_waiting(SequenceKey{arrival, -1}, std::move(sequence));
+}
+
+void SampleQueue::add_waiting(const SequenceKey& key, Sequence sequence) {
+  waiting_of_[sequence.request->owner].insert(key);
+  waiting_.emplace(key, std::move(sequence));
+}
+
+// Of the owner's index alone.
+void SampleQueue::forget_waiting(Sequences::iterator entry) {
+  const auto owner = waiting_of_.find(entry->second.request->owner);
+  owner->second.erase(entry->first);
+  if (owner->second.empty()) waiting_of_.erase(owner);
+}
+
+bool SampleQueue::ready() const {
+  return !running_.empty() || std::any_of(waiting_.begin(), waiting_.end(), [this](const auto& entry) {
+    return !held_.contains(entry.second.request->version);
+  });
 }
 
 bool SampleQueue::cancel(RequestId id) {
@@ -47,7 +73,10 @@ bool SampleQueue::cancel(RequestId id) {
   for (Sequences* sequences : {&waiting_, &running_}) {
     const auto first = sequences->lower_bound(SequenceKey{found->second, -1});
     const auto last = sequences->lower_bound(SequenceKey{found->second + 1, -1});
-    for (auto it = first; it != last; ++it) release_blocks(it->second);
+    for (auto it = first; it != last; ++it) {
+      release_blocks(it->second);
+      if (sequences == &waiting_) forget_waiting(it);
+    }
     sequences->erase(first, last);
   }
   arrival_of_.erase(found);
@@ -71,7 +100,8 @@ void SampleQueue::preempt(Sequences::iterator sequence) {
   sequence->second.decoding = false;
   sequence->second.node = 0;
   sequence->second.cached_blocks = 0;
-  waiting_.insert(running_.extract(sequence));
+  const SequenceKey key = sequence->first;
+  add_waiting(key, std::move(running_.extract(sequence).mapped()));
 }
 
 SampleStep SampleQueue::next_step() {
@@ -86,24 +116,67 @@ SampleStep SampleQueue::next_step() {
   return step;
 }
 
+std::map<std::string, std::int32_t> SampleQueue::running_of_owners() const {
+  std::map<std::string, std::int32_t> running;
+  for (const auto& [key, sequence] : running_) ++running[sequence.request->owner];
+  return running;
+}
+
+// The sequences that decode in this step: owners take turns, the one of the oldest sequence first; an owner's own go by
+// age.
+std::vector<SequenceKey> SampleQueue::decode_order() const {
+  std::map<std::string, std::size_t> index;
+  std::vector<std::vector<SequenceKey>> owners;
+  for (const auto& [key, sequence] : running_) {
+    if (!sequence.decoding) continue;
+    const auto [found, is_new] = index.try_emplace(sequence.request->owner, owners.size());
+    if (is_new) owners.emplace_back();
+    owners[found->second].push_back(key);
+  }
+  std::vector<SequenceKey> order;
+  for (std::size_t round = 0;; ++round) {
+    bool any = false;
+    for (const std::vector<SequenceKey>& keys : owners) {
+      if (round >= keys.size()) continue;
+      if (std::ssize(order) == limits_.max_sequences) return order;
+      order.push_back(keys[round]);
+      any = true;
+    }
+    if (!any) return order;
+  }
+}
+
+// Who gives up its blocks: the youngest sequence of the owner with the most.
+SampleQueue::Sequences::iterator SampleQueue::victim(const std::set<SequenceKey>& kept) {
+  std::map<std::string, std::pair<std::int32_t, Sequences::iterator>> youngest;  // with the number of sequences
+  for (auto it = running_.begin(); it != running_.end(); ++it) {
+    auto& [count, last] = youngest[it->second.request->owner];
+    ++count;
+    if (count == 1 || !kept.contains(it->first)) last = it;
+  }
+  auto chosen = running_.end();
+  std::int32_t most = 0;
+  for (const auto& [owner, entry] : youngest) {
+    const auto& [count, last] = entry;
+    if (kept.contains(last->first)) continue;
+    if (chosen != running_.end() && std::tie(count, last->first) < std::tie(most, chosen->first)) continue;
+    std::tie(most, chosen) = entry;
+  }
+  return chosen;
+}
+
 void SampleQueue::add_decode_rows(SampleStep& step) {
-  for (auto it = running_.begin(); it != running_.end();) {
-    if (std::ssize(step.rows) == limits_.max_sequences) break;
-    if (!it->second.decoding) {
-      ++it;
-      continue;
+  std::set<SequenceKey> kept;  // in this step: it will write into its blocks
+  for (const SequenceKey& key : decode_order()) {
+    bool preempted_itself = !running_.contains(key);
+    while (!preempted_itself && !make_room(running_.find(key), step)) {
+      const auto loser = victim(kept);
+      preempted_itself = loser->first == key;
+      preempt(loser);
     }
-    // Older sequences go first: those that came last give up their blocks, this one at the latest.
-    bool preempted_itself = false;
-    while (!make_room(it, step)) {
-      const auto victim = std::prev(running_.end());
-      preempted_itself = victim == it;
-      preempt(victim);
-      if (preempted_itself) break;
-    }
-    if (preempted_itself) break;
-    add_row(it->first, it->second, 1, step);
-    ++it;
+    if (preempted_itself) continue;
+    kept.insert(key);
+    add_row(key, running_.at(key), 1, step);
   }
 }
 
@@ -133,13 +206,50 @@ void SampleQueue::add_prefill_rows(SampleStep& step) {
     add_row(key, sequence, tokens, step);
     budget -= tokens;
   }
-  for (auto it = waiting_.begin(); it != waiting_.end() && budget > 0;) {
-    if (num_running() >= limits_.max_sequences) return;
-    const auto candidate = it++;
-    const SequenceKey key = candidate->first;
-    const Admission admission = admit(candidate);
+  admit_waiting(budget, step);
+}
+
+// The owner with the fewest running sequences is next. An owner that has less than its even share of the rows need not
+// wait for others' sequences to end.
+void SampleQueue::admit_waiting(std::int32_t budget, SampleStep& step) {
+  if (waiting_.empty() || budget == 0) return;
+  struct Owner {
+    std::int32_t running = 0;
+    std::vector<SequenceKey> waiting;  // the oldest ones
+    std::size_t next = 0;
+  };
+  std::map<std::string, std::int32_t> running = running_of_owners();
+  std::vector<Owner> owners;
+  for (const auto& [name, keys] : waiting_of_) {
+    Owner& owner = owners.emplace_back();
+    owner.running = running[name];
+    for (auto key = keys.begin(); key != keys.end() && std::ssize(owner.waiting) < kLookAhead; ++key) {
+      owner.waiting.push_back(*key);
+    }
+  }
+  const std::int32_t share = std::max(1, limits_.max_sequences / static_cast<std::int32_t>(running.size()));
+  std::int32_t owners_running = 0;
+  for (const auto& [name, count] : running) owners_running += count > 0;
+  while (budget > 0) {
+    Owner* chosen = nullptr;
+    for (Owner& owner : owners) {
+      if (owner.next == owner.waiting.size()) continue;
+      if (chosen != nullptr && std::tie(chosen->running, chosen->waiting[chosen->next]) <
+                                   std::tie(owner.running, owner.waiting[owner.next])) {
+        continue;
+      }
+      chosen = &owner;
+    }
+    if (chosen == nullptr) return;
+    if (num_running() >= limits_.max_sequences &&
+        (chosen->running >= share || owners_running >= limits_.max_sequences)) {
+      return;
+    }
+    const SequenceKey key = chosen->waiting[chosen->next++];
+    const Admission admission = admit(waiting_.find(key));
     if (admission == Admission::deferred) continue;
     if (admission == Admission::no_room) return;
+    owners_running += chosen->running++ == 0;
     const Sequence& sequence = running_.at(key);
     const std::int32_t tokens = std::min(budget, sequence.size() - sequence.computed);
     add_row(key, sequence, tokens, step);
@@ -191,15 +301,23 @@ bool SampleQueue::prefix_in_flight(const Sequence& candidate) const {
 // Moves the candidate to the running ones, with blocks for all of its tokens, if they are there.
 SampleQueue::Admission SampleQueue::admit(Sequences::iterator candidate) {
   Sequence& sequence = candidate->second;
+  if (held_.contains(sequence.request->version)) return Admission::deferred;
   sequence.blocks = find_prefix(sequence);
   const std::int32_t missing = blocks_for(sequence.size()) - sequence.cached_blocks;
-  const bool deferred = prefix_in_flight(sequence);
-  if (deferred || missing > num_free_blocks()) {
+  bool deferred = prefix_in_flight(sequence);
+  const bool no_room = !deferred && missing > num_free_blocks();
+  if (!deferred && !no_room && may_start_) {
+    const SampleStart start = may_start_(sequence.request->id);
+    if (start == SampleStart::released) held_.insert(sequence.request->version);
+    deferred = start != SampleStart::now;
+  }
+  if (deferred || no_room) {
     release_blocks(sequence);
     return deferred ? Admission::deferred : Admission::no_room;
   }
   sequence.computed = sequence.cached_blocks * limits_.block_size;
   for (std::int32_t i = 0; i < missing; ++i) sequence.blocks.push_back(allocate().value());
+  forget_waiting(candidate);
   running_.insert(waiting_.extract(candidate));
   return Admission::admitted;
 }

@@ -4,9 +4,11 @@
 // values lie.
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -28,11 +30,12 @@ struct SampleLimits {
 
 struct SampleRequest {
   RequestId id = 0;
-  std::string version;                // whose keys and values: prompts are shared within a version only
-  std::vector<std::int32_t> prompt;   // >= 1 token
+  std::string owner;                 // owners share the step's rows evenly; within one, older requests go first
+  std::string version;               // whose keys and values: prompts are shared within a version only
+  std::vector<std::int32_t> prompt;  // >= 1 token
   std::int32_t num_samples = 1;
   std::int32_t max_tokens = 1;
-  std::int32_t score_begin = -1;      // rows from here on are computed even if cached; -1: nothing is scored
+  std::int32_t score_begin = -1;  // rows from here on are computed even if cached; -1: nothing is scored
 };
 
 // A running sequence: sample -1 is a prompt before its samples part.
@@ -46,7 +49,7 @@ struct SequenceKey {
 struct SampleRow {
   SequenceKey sequence;
   RequestId request = 0;
-  std::vector<std::int32_t> tokens;       // inputs at positions [position, position + tokens.size())
+  std::vector<std::int32_t> tokens;  // inputs at positions [position, position + tokens.size())
   std::int32_t position = 0;
   std::vector<std::int32_t> block_table;  // covers position + tokens.size() positions
   std::vector<std::int32_t> draws;        // samples that get a token from the last position
@@ -68,9 +71,17 @@ struct SampleDraw {
   bool finished = false;  // the sample ends with this token
 };
 
+// What is said of a request that could start now.
+enum class SampleStart {
+  now,
+  later,     // ask again after the next step
+  released,  // ask again after release(); until then no request of its version is asked for
+};
+
 class SampleQueue {
  public:
-  explicit SampleQueue(const SampleLimits& limits);
+  // `may_start` is asked about a request, once there is room for it, before its first row; none: all may.
+  explicit SampleQueue(const SampleLimits& limits, std::function<SampleStart(RequestId)> may_start = {});
 
   // Throws Error(user) naming the limit when the request could not run even alone.
   void push(SampleRequest request);
@@ -80,11 +91,14 @@ class SampleQueue {
 
   // Empty when nothing is to run. Each step must be completed before the next one is asked for.
   SampleStep next_step();
-  // draws[i]: one for each of step.rows[i].draws. Rows of requests that were cancelled since next_step() are passed over:
-  // what failed is cancelled first, so that none of its blocks gets into the prefix cache.
+  // draws[i]: one for each of step.rows[i].draws. Rows of requests that were cancelled since next_step() are passed
+  // over: what failed is cancelled first, so that none of its blocks gets into the prefix cache.
   void complete(const SampleStep& step, std::span<const std::vector<SampleDraw>> draws);
 
-  bool ready() const { return !waiting_.empty() || !running_.empty(); }
+  void release() { held_.clear(); }
+
+  // False also when everything waits for release().
+  bool ready() const;
   std::int32_t num_running() const { return static_cast<std::int32_t>(running_.size()); }
   std::int32_t num_waiting() const { return static_cast<std::int32_t>(waiting_.size()); }
   // Positions that the whole cache holds. The last token of a sequence takes none.
@@ -98,7 +112,7 @@ class SampleQueue {
   struct Sequence {
     std::shared_ptr<const SampleRequest> request;
     std::vector<std::int32_t> generated;
-    std::int32_t computed = 0;       // positions in the cache
+    std::int32_t computed = 0;  // positions in the cache
     std::vector<BlockId> blocks;
     bool decoding = false;           // all but the last token are in the cache
     PrefixCache::NodeId node = 0;    // of the last prompt block that is in the prefix cache
@@ -113,10 +127,17 @@ class SampleQueue {
   void release_blocks(Sequence& sequence);
   std::optional<BlockId> allocate();
   bool make_room(Sequences::iterator sequence, SampleStep& step);
+  void add_waiting(const SequenceKey& key, Sequence sequence);
+  void forget_waiting(Sequences::iterator entry);
   void preempt(Sequences::iterator sequence);
+  std::map<std::string, std::int32_t> running_of_owners() const;
+  std::vector<SequenceKey> decode_order() const;
+  Sequences::iterator victim(const std::set<SequenceKey>& kept);
   void add_decode_rows(SampleStep& step);
   void add_prefill_rows(SampleStep& step);
-  enum class Admission { admitted, deferred, no_room };  // deferred: its prefix is being computed by another
+  void admit_waiting(std::int32_t budget, SampleStep& step);
+  // deferred: its prefix is being computed by another, or it may not start yet
+  enum class Admission { admitted, deferred, no_room };
   Admission admit(Sequences::iterator candidate);
   std::int32_t reusable_positions(const Sequence& sequence) const;
   bool prefix_in_flight(const Sequence& candidate) const;
@@ -128,8 +149,11 @@ class SampleQueue {
   SampleLimits limits_;
   BlockAllocator allocator_;
   PrefixCache cache_;
+  const std::function<SampleStart(RequestId)> may_start_;
   Sequences waiting_;  // without blocks
   Sequences running_;
+  std::map<std::string, std::set<SequenceKey>> waiting_of_;  // owner → its sequences in waiting_; no empty ones
+  std::set<std::string> held_;                               // versions that wait for release()
   std::map<RequestId, std::uint64_t> arrival_of_;
   std::uint64_t next_arrival_ = 1;
   std::uint64_t num_preemptions_ = 0;

@@ -204,8 +204,94 @@ TEST(SampleQueue, NothingOfAFailedStepIsCached) {
   sampler.queue.complete(failed, std::vector<std::vector<SampleDraw>>(failed.rows.size()));
   EXPECT_EQ(sampler.queue.num_free_blocks(), limits.num_blocks);
   sampler.push({.id = 2, .version = "v", .prompt = prompt(13), .max_tokens = 3});
-  while (sampler.step()) {}
+  while (sampler.step()) {
+  }
   sampler.check(2);
+}
+
+// Steps until request `id` has all of its tokens.
+int steps_until(Sampler& sampler, RequestId id) {
+  int steps = 0;
+  const auto& outputs = sampler.outputs.at(id);
+  while (std::ssize(outputs[0]) < sampler.requests.at(id).max_tokens && sampler.step()) ++steps;
+  return steps;
+}
+
+TEST(SampleQueue, ManySamplesOfOneRequestDoNotKeepAnotherOwnerWaiting) {
+  Sampler sampler({.num_blocks = 400, .block_size = 4, .max_sequences = 4});
+  sampler.push({.id = 1, .owner = "a", .version = "v", .prompt = prompt(10), .num_samples = 40, .max_tokens = 30});
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(sampler.step());
+  ASSERT_EQ(sampler.queue.num_running(), 40);
+  sampler.push({.id = 2, .owner = "b", .version = "v", .prompt = prompt(10, 1), .max_tokens = 6});
+  EXPECT_EQ(steps_until(sampler, 2), 6);
+  EXPECT_EQ(sampler.outputs.at(1)[39].size(), 1u);
+  while (sampler.step()) {
+  }
+  sampler.check(1);
+  sampler.check(2);
+}
+
+TEST(SampleQueue, ManyQueuedRequestsDoNotKeepAnotherOwnerWaiting) {
+  Sampler sampler({.num_blocks = 400, .block_size = 4, .max_sequences = 4});
+  for (RequestId id = 1; id <= 300; ++id) {
+    sampler.push({.id = id, .owner = "a", .version = "v", .prompt = prompt(10), .max_tokens = 30});
+  }
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(sampler.step());
+  ASSERT_EQ(sampler.queue.num_running(), 4);
+  sampler.push({.id = 301, .owner = "b", .version = "v", .prompt = prompt(10, 1), .max_tokens = 6});
+  EXPECT_EQ(steps_until(sampler, 301), 6);
+  // b has its share, half of the rows, and not more.
+  for (RequestId id = 302; id <= 310; ++id) {
+    sampler.push({.id = id, .owner = "b", .version = "v", .prompt = prompt(10, 1), .max_tokens = 30});
+  }
+  for (int i = 0; i < 40; ++i) ASSERT_TRUE(sampler.step());
+  std::map<std::string, int> rows;
+  for (const SampleRow& row : sampler.last.rows) ++rows[sampler.requests.at(row.request).owner];
+  EXPECT_EQ(rows, (std::map<std::string, int>{{"a", 2}, {"b", 2}}));
+}
+
+TEST(SampleQueue, ACacheFullOfOneOwnersSequencesHasRoomForAnother) {
+  Sampler sampler({.num_blocks = 12, .block_size = 4, .max_sequences = 8});
+  for (RequestId id = 1; id <= 20; ++id) {
+    sampler.push({.id = id, .owner = "a", .version = "v", .prompt = prompt(4, static_cast<int>(id)), .max_tokens = 30});
+  }
+  for (int i = 0; i < 12; ++i) ASSERT_TRUE(sampler.step());
+  sampler.push({.id = 21, .owner = "b", .version = "v", .prompt = prompt(4, 50), .max_tokens = 20});
+  EXPECT_LE(steps_until(sampler, 21), 60);
+  while (sampler.step()) {
+  }
+  for (RequestId id = 1; id <= 21; ++id) sampler.check(id);
+  EXPECT_GT(sampler.queue.num_preemptions(), 0u);
+}
+
+TEST(SampleQueue, WhatMayNotStartYetHoldsUpNobody) {
+  const SampleLimits limits{.num_blocks = 64, .block_size = 4};
+  bool loaded = false;
+  int asked = 0;
+  SampleQueue queue(limits, [&](RequestId id) {
+    if (id == 3) return SampleStart::now;
+    ++asked;
+    return loaded ? SampleStart::now : SampleStart::released;
+  });
+  queue.push({.id = 1, .version = "cold", .prompt = prompt(5), .max_tokens = 1});
+  queue.push({.id = 2, .version = "cold", .prompt = prompt(6, 1), .max_tokens = 1});
+  EXPECT_TRUE(queue.ready());
+  EXPECT_TRUE(queue.next_step().rows.empty());
+  EXPECT_FALSE(queue.ready());
+  EXPECT_EQ(asked, 1);
+  queue.push({.id = 3, .version = "v", .prompt = prompt(5), .max_tokens = 1});
+  ASSERT_TRUE(queue.ready());
+  SampleStep step = queue.next_step();
+  ASSERT_EQ(step.rows.size(), 1u);
+  EXPECT_EQ(step.rows[0].request, 3u);
+  const std::vector<std::vector<SampleDraw>> draws{{{7, true}}};
+  queue.complete(step, draws);
+  EXPECT_FALSE(queue.ready());
+  loaded = true;
+  queue.release();
+  EXPECT_TRUE(queue.ready());
+  step = queue.next_step();
+  EXPECT_EQ(step.rows.size(), 2u);
 }
 
 TEST(SampleQueue, RandomLoadsWithCancelsLeakNothingAndDrawTheRightTokens) {
@@ -221,12 +307,12 @@ TEST(SampleQueue, RandomLoadsWithCancelsLeakNothingAndDrawTheRightTokens) {
     for (int tick = 0; tick < 120; ++tick) {
       if (random() % 3 == 0) {
         SampleRequest request{.id = ++id,
+                              .owner = random() % 2 ? "a" : "b",
                               .version = random() % 2 ? "v" : "w",
                               .prompt = prompt(1 + static_cast<int>(random() % 12), static_cast<int>(random() % 2)),
                               .num_samples = 1 + static_cast<std::int32_t>(random() % 4),
                               .max_tokens = 1 + static_cast<std::int32_t>(random() % 10)};
-        if (random() % 3 == 0)
-          request.score_begin = static_cast<std::int32_t>(random() % request.prompt.size());
+        if (random() % 3 == 0) request.score_begin = static_cast<std::int32_t>(random() % request.prompt.size());
         try {
           sampler.push(request);
         } catch (const Error&) {

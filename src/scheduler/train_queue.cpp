@@ -97,12 +97,12 @@ bool TrainQueue::drained() const {
 
 // An op, or a batch to refuse.
 bool TrainQueue::has_runnable_op(const std::string& adapter, const Fifo& fifo) const {
-  return !fifo.front().request.is_batch || !live_.contains(adapter);
+  return !held_.contains(adapter) && (!fifo.front().request.is_batch || !live_.contains(adapter));
 }
 
 bool TrainQueue::has_runnable_batch(const std::string& adapter, const Fifo& fifo) const {
   const Pending& head = fifo.front();
-  return replay_.empty() && head.request.is_batch && live_.contains(adapter) &&
+  return replay_.empty() && head.request.is_batch && can_train(adapter) &&
          (head.started() || may_begin(head.request));
 }
 
@@ -112,7 +112,7 @@ bool TrainQueue::replay_ready() const {
   std::map<std::string, std::pair<std::size_t, std::int32_t>> reached;  // adapter → (index in fifo, next datum)
   for (const TrainSlice& slice : replay_.front().slices) {
     const auto adapter = adapter_of_.find(slice.request);
-    if (adapter == adapter_of_.end() || !live_.contains(adapter->second)) return false;
+    if (adapter == adapter_of_.end() || !can_train(adapter->second)) return false;
     const Fifo& fifo = fifos_.at(adapter->second);
     auto [position, is_new] = reached.try_emplace(adapter->second, 0, fifo.front().next_datum);
     auto& [index, next_datum] = position->second;

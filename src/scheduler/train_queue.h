@@ -55,6 +55,10 @@ class TrainQueue {
   void push(TrainRequest request);
   // Batches of adapters that are not live are refused when they reach the head.
   void set_live(const std::string& adapter, bool live);
+  // Nothing of the adapter runs until hold() has been taken back as often by release(): files are read for it, or written
+  // from its buffers. Not while a request of it is partly executed.
+  void hold(const std::string& adapter) { held_.insert(adapter); }
+  void release(const std::string& adapter) { held_.erase(held_.find(adapter)); }
   // Compose exactly these before composing freely; their requests may still have to come.
   void set_replay(std::vector<TrainMicroBatch> micro_batches);
   void clear_replay();
@@ -88,6 +92,7 @@ class TrainQueue {
   struct Composition;
 
   bool may_begin(const TrainRequest& request) const;
+  bool can_train(const std::string& adapter) const { return live_.contains(adapter) && !held_.contains(adapter); }
   void count_draining();
   bool has_runnable_op(const std::string& adapter, const Fifo& fifo) const;
   bool has_runnable_batch(const std::string& adapter, const Fifo& fifo) const;
@@ -102,6 +107,7 @@ class TrainQueue {
   std::map<std::string, Fifo> fifos_;  // no empty ones
   std::map<RequestId, std::string> adapter_of_;
   std::set<std::string> live_;
+  std::multiset<std::string> held_;
   std::deque<TrainMicroBatch> replay_;
   std::size_t num_requests_ = 0;
   std::uint64_t next_number_ = 1;

@@ -97,6 +97,25 @@ TEST(TrainQueue, BatchesOfAnUnknownAdapterAreRefused) {
   EXPECT_EQ(queue.size(), 0u);
 }
 
+TEST(TrainQueue, AnAdapterThatIsHeldHoldsUpNobodyElse) {
+  TrainQueue queue(100);
+  for (const char* adapter : {"a", "b"}) queue.set_live(adapter, true);
+  queue.push(batch(1, "a", {10}));
+  queue.push(op(2, "a"));
+  queue.push(batch(3, "b", {10}));
+  queue.set_replay({{.number = 7, .slices = {{3, 0, 1}}}, {.number = 8, .slices = {{1, 0, 1}}}});
+  queue.hold("a");
+  queue.hold("a");
+  EXPECT_THAT(micro_batches(run_all(queue)), testing::SizeIs(1));
+  queue.release("a");
+  EXPECT_FALSE(queue.ready());
+  queue.release("a");
+  const auto plans = run_all(queue);
+  ASSERT_EQ(plans.size(), 2u);
+  EXPECT_EQ(plans[0].micro_batch.number, 8u);
+  EXPECT_EQ(plans[1].request, 2u);
+}
+
 TEST(TrainQueue, AClientThatSendsOpsAloneDoesNotKeepTheOthersWaiting) {
   TrainQueue queue(100);
   queue.set_live("b", true);

@@ -16,7 +16,7 @@ namespace json = boost::json;
 namespace {
 
 constexpr const char* kKeys =
-    "micro_batch_tokens, recompute, prefill_chunk_tokens, max_sampling_sequences, kv_cache_tokens, sampling_share";
+    "micro_batch_tokens, recompute, prefill_chunk_tokens, max_sampling_sequences, kv_cache_tokens, adapter_bytes, sampling_share";
 
 std::int64_t integer(const json::key_value_pair& pair, std::int64_t low, std::int64_t high) {
   boost::system::error_code error;
@@ -82,6 +82,8 @@ BackendConfig parse_backend_config(const std::string& text) {
       config.max_sampling_sequences = static_cast<std::int32_t>(integer(pair, 1, 1 << 16));
     } else if (key == "kv_cache_tokens") {
       config.kv_cache_tokens = integer(pair, kBlockSize, kMaxInt);
+    } else if (key == "adapter_bytes") {
+      config.adapter_bytes = static_cast<std::uint64_t>(integer(pair, 1, std::numeric_limits<std::int64_t>::max()));
     } else if (key == "sampling_share") {
       config.sampling_share = share(pair.value());
     } else {
@@ -98,9 +100,10 @@ model_spec::MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const Back
   demand.recompute = config.recompute;
   demand.copy_16_bits = copy_16_bits;
   demand.cache_tokens = config.kv_cache_tokens;
+  demand.adapter_bytes = config.adapter_bytes;
   model_spec::divide_free_memory(spec, max_seq_len, free_bytes, demand);
   demand.cache_tokens = (demand.cache_tokens + kBlockSize - 1) / kBlockSize * kBlockSize;
-  return model_spec::plan_memory(spec, demand);
+  return model_spec::plan_memory(spec, demand, max_seq_len);
 }
 
 std::uint64_t available_memory() {

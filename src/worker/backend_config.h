@@ -11,12 +11,13 @@ namespace ht::worker {
 
 // The keys of --backend-config.
 struct BackendConfig {
-  std::int32_t micro_batch_tokens = 2048;     // most tokens of a micro-batch of several datums
+  std::int32_t micro_batch_tokens = 2048;                 // most tokens of a micro-batch of several datums
   engine::Recompute recompute = engine::Recompute::none;  // "none", "norms_mlp", "block"
-  std::int32_t prefill_chunk_tokens = 512;    // most prompt tokens of a sampling step
-  std::int32_t max_sampling_sequences = 64;   // most sequences decoded in a step
-  std::int64_t kv_cache_tokens = 0;           // 0: by the memory plan
-  double sampling_share = 0.5;                // of the time while training and sampling both have work
+  std::int32_t prefill_chunk_tokens = 512;                // most prompt tokens of a sampling step
+  std::int32_t max_sampling_sequences = 64;               // most sequences decoded in a step
+  std::int64_t kv_cache_tokens = 0;                       // 0: by the memory plan
+  std::uint64_t adapter_bytes = 0;                        // most that adapters in training take; 0: by the memory plan
+  double sampling_share = 0.5;                            // of the time while training and sampling both have work
 };
 
 // Reads a JSON object. Throws Error(user) for an unknown key (naming those allowed) or a value out of range.

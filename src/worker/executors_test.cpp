@@ -4,11 +4,18 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <fstream>
 #include <memory>
 #include <stdexcept>
 
 #include "base/error.h"
 #include "engine/runtime/test_checkpoint.h"
+#include "model_spec/memory_plan.h"
+#include "worker/mailbox.h"
 #include "worker/sample_executor.h"
 #include "worker/train_executor.h"
 
@@ -23,7 +30,33 @@ class ExecutorTest : public testing::Test {
   void SetUp() override {
     engine::write_test_checkpoint(dir.path());
     model = engine::BaseModel::load(dir.path(), {.threads = 1});
-    versions = std::make_unique<Versions>(model->spec(), "base", std::uint64_t{1} << 30);
+    make_versions(std::uint64_t{1} << 30);
+  }
+  void make_versions(std::uint64_t budget) {
+    versions = std::make_unique<Versions>(model->spec(), "base", budget, files);
+  }
+  // Until `true`, with what comes of files.
+  void pump(const std::function<bool()>& until) {
+    while (!until()) {
+      for (const FileThread::Then& then : mailbox.take(true).files) then();
+    }
+  }
+  void pump_until_answered(RequestId id) {
+    pump([&] { return replies.contains(id); });
+  }
+  std::filesystem::path make_dir(const std::string& name) {
+    std::filesystem::create_directory(scratch.path() / name);
+    return scratch.path() / name;
+  }
+  // A file that is opened for writing only once somebody reads it, and cannot be synced then.
+  std::filesystem::path slow_file(const std::filesystem::path& file) {
+    const std::string path = file.string() + ".tmp." + std::to_string(::getpid());
+    EXPECT_EQ(::mkfifo(path.c_str(), 0600), 0);
+    return path;
+  }
+  void read_away(const std::filesystem::path& fifo) {
+    std::ifstream stream(fifo);
+    while (stream.get() != EOF) continue;
   }
   Send into_replies() {
     return [this](const wp::Reply& reply) { replies[reply.id].push_back(reply); };
@@ -48,8 +81,11 @@ class ExecutorTest : public testing::Test {
   const c10::InferenceMode no_autograd;
   engine::TemporaryDirectory dir;
   std::unique_ptr<engine::BaseModel> model;
-  std::unique_ptr<Versions> versions;
+  engine::TemporaryDirectory scratch;
+  Mailbox mailbox;
   std::map<RequestId, std::vector<wp::Reply>> replies;
+  std::unique_ptr<Versions> versions;
+  FileThread files{[this](FileThread::Then then) { mailbox.post(std::move(then)); }};
 };
 
 class SampleExecutorTest : public ExecutorTest {
@@ -127,11 +163,83 @@ TEST_F(SampleExecutorTest, OpenMaxTokensEndWhereCacheAndContextEnd) {
   EXPECT_EQ(done<wp::SampleResult>(3).sequences[1].tokens.size(), 128u - 18u);
 }
 
+TEST_F(SampleExecutorTest, OnlySamplesOfAColdVersionWaitForItsFiles) {
+  const auto dir = make_dir("v"), slow = make_dir("slow");
+  engine::save_adapter_weights(weights(), "base", dir);
+  std::filesystem::copy_file(dir / "adapter_config.json", slow / "adapter_config.json");
+  ASSERT_EQ(::mkfifo((slow / "adapter_model.safetensors").c_str(), 0600), 0);
+  const auto sampler = executor();
+  wp::Sample cold = sample("cold");
+  cold.version_dir = slow;
+  sampler->push({1, cold});
+  run(*sampler, 2, sample(""));
+  EXPECT_EQ(done<wp::SampleResult>(2).sequences[0].tokens.size(), 6u);
+  EXPECT_FALSE(replies.contains(1));
+  EXPECT_FALSE(sampler->ready());
+  // What comes at last is no adapter.
+  std::ofstream(slow / "adapter_model.safetensors").close();
+  pump_until_answered(1);
+  EXPECT_THAT(failure(1).message, testing::HasSubstr("adapter_model.safetensors"));
+  cold.version_dir = dir;
+  sampler->push({3, cold});
+  sampler->run_slice();
+  pump([&] { return sampler->ready(); });
+  while (sampler->ready()) sampler->run_slice();
+  const auto from_disk = done<wp::SampleResult>(3);
+  versions->publish("v", weights(), "");
+  run(*executor(), 4, sample("v"));
+  EXPECT_EQ(from_disk.sequences[1].tokens, done<wp::SampleResult>(4).sequences[1].tokens);
+}
+
+TEST_F(SampleExecutorTest, ColdVersionsLeaveMemoryAndComeBack) {
+  const auto one = static_cast<std::uint64_t>(weights().flat.nbytes());
+  make_versions(2 * one);
+  const auto sampler = executor();
+  const auto dir = make_dir("v");
+  engine::save_adapter_weights(weights(), "base", dir);
+  // All at once, and far more of them than memory and rows for.
+  for (RequestId id = 1; id <= 40; ++id) {
+    wp::Sample request = sample("checkpoint " + std::to_string(id % 20));
+    request.version_dir = dir;
+    request.owner = std::to_string(id % 3);
+    sampler->push({id, std::move(request)});
+  }
+  std::uint64_t most = 0;
+  while (replies.size() < 40) {
+    while (sampler->ready()) {
+      sampler->run_slice();
+      most = std::max(most, versions->bytes_in_memory());
+    }
+    if (replies.size() < 40) {
+      for (const FileThread::Then& then : mailbox.take(true).files) then();
+    }
+  }
+  EXPECT_LE(most, (2 + 4) * one);  // those being read come on top
+  EXPECT_LE(versions->bytes_in_memory(), 2 * one);
+  EXPECT_TRUE(versions->on_disk().empty());  // not ours: no snapshot names them
+  for (RequestId id = 2; id <= 40; ++id) {
+    for (const std::size_t i : {0u, 1u}) {
+      EXPECT_EQ(done<wp::SampleResult>(id).sequences[i].tokens, done<wp::SampleResult>(1).sequences[i].tokens) << id;
+    }
+  }
+}
+
 class TrainExecutorTest : public ExecutorTest {
  protected:
   void SetUp() override {
     ExecutorTest::SetUp();
-    trainer = std::make_unique<TrainExecutor>(*model, *versions, TrainOptions{20, 128, "base"}, into_replies());
+    make_trainer({20, 128, "base"});
+  }
+  void make_trainer(const TrainOptions& options) {
+    trainer = std::make_unique<TrainExecutor>(*model, *versions, files, options, into_replies());
+  }
+  // Runs until `id` is answered, with what comes of files.
+  void run_until(RequestId id) {
+    run_all();
+    pump([&] {
+      run_all();
+      return replies.contains(id);
+    });
   }
   static wp::ForwardBackward batch(const std::string& adapter, int datums, int salt) {
     wp::ForwardBackward request;
@@ -188,7 +296,7 @@ TEST_F(TrainExecutorTest, SeveralMicroBatchesGiveTheGradientOfOne) {
   push(4, wp::OptimStep{"a", {}});
   run_all();
   EXPECT_GT(trainer->micro_batches(), 3u);
-  trainer = std::make_unique<TrainExecutor>(*model, *versions, TrainOptions{2000, 128, "base"}, into_replies());
+  make_trainer({2000, 128, "base"});
   push(10, wp::CreateAdapter{"a", {.rank = 8, .seed = 3}, "", false});
   push(11, batch("a", 1, 0));
   push(12, batch("a", 5, 1));
@@ -197,6 +305,161 @@ TEST_F(TrainExecutorTest, SeveralMicroBatchesGiveTheGradientOfOne) {
   run_all();
   EXPECT_EQ(trainer->micro_batches(), 1u);
   EXPECT_NEAR(grad_norm(4), grad_norm(14), 1e-5 * grad_norm(14));
+}
+
+TEST_F(TrainExecutorTest, NobodyWaitsForTheFilesOfASave) {
+  push(1, wp::CreateAdapter{"a", {.rank = 8, .seed = 3}, "", false});
+  push(2, batch("a", 1, 0));
+  push(3, wp::OptimStep{"a", {.learning_rate = 1e-2}});
+  const auto slow = make_dir("slow"), good = make_dir("good"), later = make_dir("later");
+  const auto file = slow_file(slow / "adapter_model.safetensors");
+  push(4, wp::SaveAdapter{"a", slow, true});
+  push(5, wp::SaveAdapter{"a", good, true});
+  run_all();
+  // The adapter goes on meanwhile, and the files are of the moment of the request.
+  push(6, batch("a", 1, 5));
+  push(7, wp::OptimStep{"a", {.learning_rate = 1e-2}});
+  push(8, wp::SaveAdapter{"a", later, true});
+  run_all();
+  done<wp::OptimResult>(7);
+  EXPECT_FALSE(replies.contains(4) || replies.contains(5) || replies.contains(8));
+  read_away(file);
+  run_until(8);
+  EXPECT_THAT(failure(4).message, testing::HasSubstr("sync"));
+  EXPECT_GT(done<wp::SaveResult>(5).bytes, 0u);
+  push(9, wp::CreateAdapter{"b", {.rank = 8}, good, true});
+  push(10, batch("b", 1, 5));
+  push(11, wp::OptimStep{"b", {.learning_rate = 1e-2}});
+  run_until(11);
+  const auto again = make_dir("again");
+  push(12, wp::SaveAdapter{"b", again, true});
+  run_until(12);
+  for (const char* name : {"adapter_model.safetensors", "optimizer.safetensors"}) {
+    const auto text = [&](const std::filesystem::path& dir) {
+      std::ifstream stream(dir / name, std::ios::binary);
+      return std::string(std::istreambuf_iterator<char>(stream), {});
+    };
+    EXPECT_EQ(text(again), text(later)) << name;
+    EXPECT_NE(text(again), text(good)) << name;
+  }
+}
+
+TEST_F(TrainExecutorTest, WithoutMemoryForACopyAnAdapterWaitsForItsFileAndOthersDoNot) {
+  TrainOptions options{20, 128, "base"};
+  options.copy_bytes = 1000;
+  make_trainer(options);
+  for (const char* name : {"a", "b"}) push(name[0], wp::CreateAdapter{name, {.rank = 8, .seed = 3}, "", false});
+  const auto slow = make_dir("slow");
+  const auto file = slow_file(slow / "adapter_model.safetensors");
+  push(1, wp::SaveAdapter{"a", slow, true});
+  push(2, batch("a", 1, 0));
+  push(3, batch("b", 1, 0));
+  run_all();
+  done<wp::TrainResult>(3);
+  EXPECT_FALSE(replies.contains(2));
+  read_away(file);
+  run_until(2);
+  done<wp::TrainResult>(2);
+  failure(1);
+}
+
+TEST_F(TrainExecutorTest, ASnapshotIsOfItsMomentAndIsWrittenBehind) {
+  for (const char* name : {"a", "b"}) push(name[0], wp::CreateAdapter{name, {.rank = 8, .seed = 3}, "", false});
+  for (const char* name : {"a", "b"}) push(name[0] + 10u, batch(name, 1, name[0]));
+  run_all();
+  const auto cut = make_dir("cut"), after = make_dir("after"), failed = make_dir("failed");
+  const auto file = slow_file(failed / "adapter-1.safetensors");
+  std::vector<TrainExecutor::SnapshotReply> answers;
+  const auto snapshot = [&](const std::filesystem::path& dir) {
+    trainer->snapshot(dir, [&](TrainExecutor::SnapshotReply reply) { answers.push_back(std::move(reply)); });
+  };
+  snapshot(failed);
+  snapshot(cut);
+  const auto go_on = [&](RequestId id) {
+    push(id, wp::OptimStep{"a", {.learning_rate = 1e-2}});
+    push(id + 1, batch("a", 5, 1));
+    push(id + 2, wp::OptimStep{"a", {.learning_rate = 1e-2}});
+    run_all();
+    return grad_norm(id + 2);
+  };
+  const double norm = go_on(20);
+  EXPECT_TRUE(answers.empty());
+  read_away(file);
+  pump([&] { return answers.size() == 2; });
+  EXPECT_THAT(std::get<wp::Failure>(answers[0]).message, testing::HasSubstr("sync"));
+  EXPECT_FALSE(std::filesystem::exists(failed / "manifest.json"));
+  const auto result = std::get<wp::SnapshotResult>(std::get<wp::Done>(answers[1]).body);
+  EXPECT_EQ(result.last_request.at("a"), 'a' + 10u);
+  make_trainer({20, 128, "base"});
+  trainer->restore(cut);
+  EXPECT_EQ(go_on(30), norm);
+}
+
+TEST_F(TrainExecutorTest, ALoadThatFailsChangesNothingAndHoldsUpNobodyElse) {
+  for (const char* name : {"a", "b"}) push(name[0], wp::CreateAdapter{name, {.rank = 8, .seed = 3}, "", false});
+  push(1, batch("a", 1, 0));
+  run_all();
+  const auto broken = make_dir("broken");
+  ASSERT_EQ(::mkfifo((broken / "adapter_config.json").c_str(), 0600), 0);
+  push(2, wp::LoadAdapter{"a", broken, true});
+  push(3, wp::CreateAdapter{"c", {.rank = 8}, broken, false});
+  push(4, wp::OptimStep{"a", {}});
+  push(5, batch("c", 1, 0));
+  push(6, batch("b", 1, 0));
+  push(7, wp::OptimStep{"b", {}});
+  run_all();
+  done<wp::OptimResult>(7);
+  for (const RequestId id : {2u, 3u, 4u, 5u}) EXPECT_FALSE(replies.contains(id)) << id;
+  {
+    std::ofstream stream(broken / "adapter_config.json");
+    std::filesystem::remove(broken / "adapter_config.json");  // before the second read looks for it
+    stream << "{}";
+  }
+  run_until(5);
+  for (const RequestId id : {2u, 3u}) EXPECT_THAT(failure(id).message, testing::HasSubstr("adapter_config.json")) << id;
+  EXPECT_THAT(failure(5).message, testing::HasSubstr("no adapter c"));
+  EXPECT_EQ(grad_norm(4), grad_norm(7));
+  EXPECT_EQ(trainer->adapter_bytes(), 2 * model_spec::adapter_bytes(model->spec(), {.rank = 8}));
+}
+
+TEST_F(TrainExecutorTest, AnAdapterBeyondTheMemoryForThemIsRefusedByName) {
+  const std::uint64_t one = model_spec::adapter_bytes(model->spec(), {.rank = 8});
+  TrainOptions options{20, 128, "base"};
+  options.adapter_bytes = 2 * one + one / 2;
+  make_trainer(options);
+  for (const char* name : {"a", "b", "c"}) push(name[0], wp::CreateAdapter{name, {.rank = 8}, "", false});
+  run_all();
+  done<wp::Ack>('b');
+  const auto refused = failure('c');
+  EXPECT_EQ(refused.category, ErrorCategory::user);
+  EXPECT_THAT(refused.message,
+              testing::AllOf(testing::HasSubstr(std::to_string(one)), testing::HasSubstr(std::to_string(one / 2)),
+                             testing::HasSubstr("rank 8")));
+  push(1, wp::DropAdapter{"a"});
+  run_all();
+  push(2, wp::CreateAdapter{"d", {.rank = 8}, "", false});
+  run_all();
+  done<wp::Ack>(2);
+  EXPECT_EQ(trainer->adapter_bytes(), 2 * one);
+}
+
+TEST_F(TrainExecutorTest, VersionsThatCannotBeWrittenDoNotPileUp) {
+  make_versions(static_cast<std::uint64_t>(2 * weights().flat.nbytes()));
+  make_trainer({20, 128, "base"});
+  push('a', wp::CreateAdapter{"a", {.rank = 8, .seed = 3}, "", false});
+  const auto good = make_dir("good");
+  for (RequestId id = 1; id <= 3; ++id) {
+    push(id, wp::PublishVersion{"a", "v" + std::to_string(id), scratch.path() / "missing"});
+  }
+  run_until(3);
+  done<wp::Ack>(2);
+  EXPECT_THAT(failure(3).message, testing::HasSubstr("v3"));
+  versions->drop("v1");
+  push(4, wp::PublishVersion{"a", "v4", good});
+  push(5, wp::PublishVersion{"a", "v5", good});
+  run_until(5);
+  done<wp::Ack>(4);
+  done<wp::Ack>(5);
 }
 
 }  // namespace

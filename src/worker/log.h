@@ -1,7 +1,7 @@
 #pragma once
 
-// The worker's log lines. spdlog stays out of the other sources: the torch wheel carries another fmt, whose headers come
-// first wherever libtorch is used.
+// The worker's log lines. spdlog stays out of the other sources: the torch wheel carries another fmt, whose headers
+// come first wherever libtorch is used.
 
 #include <string>
 

@@ -30,6 +30,14 @@ void Mailbox::cancel(worker_protocol::RequestId target) {
   arrived_.notify_one();
 }
 
+void Mailbox::post(FileThread::Then then) {
+  {
+    const std::lock_guard lock(mutex_);
+    mail_.files.push_back(std::move(then));
+  }
+  arrived_.notify_one();
+}
+
 Mailbox::Mail Mailbox::take(bool wait) {
   std::unique_lock lock(mutex_);
   if (wait) arrived_.wait(lock, [this] { return !empty(); });
@@ -41,6 +49,7 @@ Mailbox::Mail Mailbox::take_sampling() {
   Mail taken;
   taken.sampling = std::exchange(mail_.sampling, {});
   taken.cancels = std::exchange(mail_.cancels, {});
+  taken.files = std::exchange(mail_.files, {});
   return taken;
 }
 

@@ -18,6 +18,7 @@ namespace {
 
 constexpr float kUndefinedLogprob = -99999.0f;
 constexpr std::int32_t kMaxSamples = 4096;
+constexpr std::size_t kVersionsLoading = 4;  // at once
 
 void check_ids(const std::vector<std::int32_t>& ids, std::int32_t lowest, std::int32_t vocab_size, const char* what) {
   for (const std::int32_t id : ids) {
@@ -51,7 +52,7 @@ SampleExecutor::SampleExecutor(const engine::BaseModel& model, Versions& version
       options_(options),
       send_(std::move(send)),
       engine_(model, options.limits.num_blocks, options.limits.block_size),
-      queue_(options.limits) {}
+      queue_(options.limits, [this](RequestId id) { return may_start(id); }) {}
 
 void SampleExecutor::check(const wp::Sample& request) const {
   const std::int32_t vocab = model_.spec().vocab_size;
@@ -108,7 +109,6 @@ void SampleExecutor::set_token_table(std::shared_ptr<const TokenTable> table) {
 void SampleExecutor::start(RequestId id, wp::Sample request) {
   check(request);
   Active& active = active_[id];
-  if (!request.version.empty()) active.weights = versions_.get(request.version, request.version_dir);
   active.request = std::move(request);
   active.token_table = token_table_.value_or(nullptr);
   const wp::Sample& sample = active.request;
@@ -117,8 +117,8 @@ void SampleExecutor::start(RequestId id, wp::Sample request) {
   if (sample.params.max_tokens > 0) {
     active.max_tokens = std::min(active.max_tokens, sample.params.max_tokens);
   } else {
-    active.max_tokens = static_cast<std::int32_t>(
-        std::clamp<std::int64_t>(queue_.capacity() - length + 1, 1, active.max_tokens));
+    active.max_tokens =
+        static_cast<std::int32_t>(std::clamp<std::int64_t>(queue_.capacity() - length + 1, 1, active.max_tokens));
   }
   active.unfinished = sample.num_samples;
   active.matchers.assign(static_cast<std::size_t>(sample.num_samples),
@@ -147,9 +147,39 @@ void SampleExecutor::start(RequestId id, wp::Sample request) {
   result.prompt_alt_tokens.resize(alternatives);
   result.prompt_alt_logprobs.resize(alternatives);
 
-  scheduler::SampleRequest queued{id, sample.version, sample.prompt, sample.num_samples, active.max_tokens, -1};
+  scheduler::SampleRequest queued{
+      id, sample.owner, sample.version, sample.prompt, sample.num_samples, active.max_tokens, -1};
   if (active.score_begin() < last_row) queued.score_begin = active.score_begin();
   queue_.push(std::move(queued));
+}
+
+// A request holds its version's weights from its first step on. Those of a cold version are read on the file thread:
+// who wants them waits, others do not.
+scheduler::SampleStart SampleExecutor::may_start(RequestId id) {
+  using scheduler::SampleStart;
+  Active& active = active_.at(id);
+  const wp::Sample& sample = active.request;
+  if (active.weights || sample.version.empty()) return SampleStart::now;
+  active.weights = versions_.find(sample.version);
+  if (active.weights) return SampleStart::now;
+  const bool nothing_else = queue_.num_running() == 0 && loading_.empty();
+  if (loading_.size() < kVersionsLoading && (versions_.may_load() || nothing_else)) {
+    loading_.insert(sample.version);
+    versions_.load(sample.version, sample.version_dir,
+                   [this, version = sample.version](const Error* error) { loaded(version, error); });
+  }
+  return loading_.empty() ? SampleStart::later : SampleStart::released;
+}
+
+void SampleExecutor::loaded(const std::string& version, const Error* error) {
+  loading_.erase(version);
+  queue_.release();
+  if (error == nullptr) return;
+  std::vector<RequestId> waiting;
+  for (const auto& [id, active] : active_) {
+    if (active.request.version == version && !active.weights) waiting.push_back(id);
+  }
+  for (const RequestId id : waiting) fail(id, failure_of(*error));
 }
 
 bool SampleExecutor::cancel(RequestId id) {
@@ -237,6 +267,7 @@ bool SampleExecutor::take_draw(std::int32_t sample, const engine::DrawResult& dr
 }
 
 void SampleExecutor::run_slice() {
+  for (const std::string& version : versions_.take_forgotten()) queue_.drop_version(version);
   const scheduler::SampleStep step = queue_.next_step();
   if (step.rows.empty()) return;
   ++steps_;
@@ -258,6 +289,7 @@ void SampleExecutor::advance(const scheduler::SampleStep& step) {
   }
   for (const scheduler::BlockCopy& copy : step.copies) engine_.copy_block(copy.from, copy.to);
   std::vector<engine::StepRowResult> results = engine_.run(rows);
+  for (const engine::StepRow& row : rows) tokens_ += row.tokens.size();
 
   // Before the step is completed: what a failed request has in the cache must not be found by others.
   for (std::size_t i = 0; i < step.rows.size(); ++i) {

@@ -15,10 +15,10 @@ namespace ht::worker {
 //   u32           vocab: number of entries, token ids 0 … vocab - 1
 //   vocab times:  u8 special (1: a special token, 0: an ordinary one), u32 length, `length` bytes
 //
-// and nothing after the last entry. The bytes of an ordinary token are what it adds to the decoded text in the middle of
-// a sequence (byte-level alphabets mapped back to bytes, SentencePiece byte fallback resolved, U+2581 as a space), so
-// they need not be whole UTF-8 characters. The bytes of a special token are its written form ("<|im_end|>"). An id that
-// the tokenizer does not have is special with length 0.
+// and nothing after the last entry. The bytes of an ordinary token are what it adds to the decoded text in the middle
+// of a sequence (byte-level alphabets mapped back to bytes, SentencePiece byte fallback resolved, U+2581 as a space),
+// so they need not be whole UTF-8 characters. The bytes of a special token are its written form ("<|im_end|>"). An id
+// that the tokenizer does not have is special with length 0.
 class TokenTable {
  public:
   // Throws Error(user) naming the file and what is wrong with it.

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "worker/adapter_buffers.h"
 #include "worker/log.h"
 
 namespace ht::worker {
@@ -64,9 +65,11 @@ void check_batch(const wp::TrainBatch& batch, std::int32_t vocab_size, std::int3
   check_ids(batch.targets, "target token");
 }
 
-TrainExecutor::TrainExecutor(const engine::BaseModel& model, Versions& versions, TrainOptions options, Send send)
+TrainExecutor::TrainExecutor(const engine::BaseModel& model, Versions& versions, FileThread& files,
+                             TrainOptions options, Send send)
     : model_(model),
       versions_(versions),
+      files_(files),
       options_(std::move(options)),
       send_(std::move(send)),
       trainer_(model),
@@ -77,27 +80,26 @@ void TrainExecutor::push(wp::Request request) {
   if (auto* batch = std::get_if<wp::ForwardBackward>(&request.body)) {
     push_batch(id, std::move(*batch));
   } else if (auto* create_adapter = std::get_if<wp::CreateAdapter>(&request.body)) {
-    push_op(id, create_adapter->adapter, [this, body = *create_adapter] { return create(body); });
+    push_op(id, create_adapter->adapter, [this, id, body = *create_adapter] { return create(id, body); });
   } else if (auto* drop = std::get_if<wp::DropAdapter>(&request.body)) {
     push_op(id, drop->adapter, [this, name = drop->adapter]() -> wp::DoneBody {
-      queue_.set_live(name, false);
-      adapters_.erase(name);
+      drop_adapter(name);
       return wp::Ack{};
     });
   } else if (auto* optim = std::get_if<wp::OptimStep>(&request.body)) {
     push_op(id, optim->adapter, [this, body = *optim] { return step(body); });
   } else if (auto* save_adapter = std::get_if<wp::SaveAdapter>(&request.body)) {
-    push_op(id, save_adapter->adapter, [this, body = *save_adapter] { return save(body); });
+    push_op(id, save_adapter->adapter, [this, id, body = *save_adapter] {
+      save(id, body);
+      return std::nullopt;
+    });
   } else if (auto* load_adapter = std::get_if<wp::LoadAdapter>(&request.body)) {
-    push_op(id, load_adapter->adapter, [this, body = *load_adapter]() -> wp::DoneBody {
-      load(adapter(body.adapter), body.dir, body.load_optimizer);
-      return wp::Ack{};
+    push_op(id, load_adapter->adapter, [this, id, body = *load_adapter] {
+      load(id, body);
+      return std::nullopt;
     });
-  } else if (auto* publish = std::get_if<wp::PublishVersion>(&request.body)) {
-    push_op(id, publish->adapter, [this, body = *publish]() -> wp::DoneBody {
-      versions_.publish(body.version, engine::freeze(adapter(body.adapter)), body.dir);
-      return wp::Ack{};
-    });
+  } else if (auto* publish_version = std::get_if<wp::PublishVersion>(&request.body)) {
+    push_op(id, publish_version->adapter, [this, id, body = *publish_version] { return publish(id, body, false); });
   } else if (auto* replay = std::get_if<wp::Replay>(&request.body)) {
     std::vector<TrainMicroBatch> micro_batches;
     for (const wp::MicroBatch& record : replay->micro_batches) {
@@ -131,9 +133,10 @@ void TrainExecutor::push_batch(RequestId id, wp::ForwardBackward request) {
   for (int i = 0; i < request.batch.num_datums(); ++i) {
     const auto tokens = static_cast<std::int32_t>(num_tokens(request.batch, {id, i, i + 1}));
     queued.datum_tokens.push_back(tokens);
-    batch.target_offsets.push_back(batch.target_offsets.back() + static_cast<std::size_t>(tokens) *
-                                                                     static_cast<std::size_t>(
-                                                                         request.batch.target_width[static_cast<std::size_t>(i)]));
+    batch.target_offsets.push_back(
+        batch.target_offsets.back() +
+        static_cast<std::size_t>(tokens) *
+            static_cast<std::size_t>(request.batch.target_width[static_cast<std::size_t>(i)]));
   }
   batch.logprobs.resize(batch.target_offsets.back());
   batch.datums_left = request.batch.num_datums();
@@ -177,7 +180,7 @@ void TrainExecutor::run_op(RequestId id) {
   const PendingOp op = std::move(ops_.at(id));
   ops_.erase(id);
   try {
-    done(id, op.adapter, op.run());
+    if (auto body = op.run()) done(id, op.adapter, std::move(*body));
   } catch (const std::exception& error) {
     fail(id, op.adapter, error);
   }
@@ -198,12 +201,13 @@ void TrainExecutor::run_micro_batch(const TrainMicroBatch& micro_batch, const st
       fail(id, name, error);
       return;
     }
-    log_warning("micro-batch " + std::to_string(micro_batch.number) + " failed, its requests run one by one: " + error.what());
+    log_warning("micro-batch " + std::to_string(micro_batch.number) +
+                " failed, its requests run one by one: " + error.what());
   }
   // Gradients are as they were before. One request's trouble must not be the others'.
   for (std::size_t i = 0; i < micro_batch.slices.size(); ++i) {
-    TrainMicroBatch alone{i == 0 ? micro_batch.number : queue_.next_number(), micro_batch.forward_only,
-                          {micro_batch.slices[i]}};
+    TrainMicroBatch alone{
+        i == 0 ? micro_batch.number : queue_.next_number(), micro_batch.forward_only, {micro_batch.slices[i]}};
     queue_.set_next_number(std::max(queue_.next_number(), alone.number + 1));
     run_micro_batch(alone, between_blocks);
   }
@@ -213,7 +217,11 @@ void TrainExecutor::run_micro_batch(const TrainMicroBatch& micro_batch, const st
 engine::Adapter& TrainExecutor::accumulator(Batch& batch, const TrainSlice& slice) {
   engine::Adapter& whole = adapters_.at(batch.request.adapter);
   const bool one_micro_batch = slice.datum_begin == 0 && slice.datum_end == batch.request.batch.num_datums();
-  if (one_micro_batch || batch.request.forward_only) return whole;
+  if (batch.request.forward_only) return whole;
+  if (one_micro_batch) {
+    own(whole.grad);
+    return whole;
+  }
   if (!batch.partial) batch.partial = engine::Adapter{whole.weights, at::zeros_like(whole.grad), {}, {}, 0};
   return *batch.partial;
 }
@@ -224,8 +232,8 @@ void TrainExecutor::execute(const TrainMicroBatch& micro_batch, const std::funct
   for (const TrainSlice& slice : micro_batch.slices) {
     Batch& batch = batches_.at(slice.request);
     const wp::ForwardBackward& request = batch.request;
-    items.push_back({&accumulator(batch, slice), &request.batch, slice.datum_begin, slice.datum_end, request.loss,
-                     request.config});
+    items.push_back(
+        {&accumulator(batch, slice), &request.batch, slice.datum_begin, slice.datum_end, request.loss, request.config});
     tokens += num_tokens(request.batch, slice);
   }
   double inside = 0;
@@ -238,6 +246,7 @@ void TrainExecutor::execute(const TrainMicroBatch& micro_batch, const std::funct
   const auto results = trainer_.run(items, !micro_batch.forward_only, let_through);
   const double seconds = seconds_since(start) - inside;
   ++micro_batches_;
+  tokens_ += static_cast<std::uint64_t>(tokens);
 
   wp::MicroBatch record{micro_batch.number, {}};
   for (const TrainSlice& slice : micro_batch.slices) {
@@ -252,7 +261,8 @@ void TrainExecutor::execute(const TrainMicroBatch& micro_batch, const std::funct
               batch.logprobs.begin() +
                   static_cast<std::ptrdiff_t>(batch.target_offsets[static_cast<std::size_t>(slice.datum_begin)]));
     batch.loss += results[i].loss_sum;
-    batch.seconds += seconds * static_cast<double>(num_tokens(batch.request.batch, slice)) / static_cast<double>(tokens);
+    batch.seconds +=
+        seconds * static_cast<double>(num_tokens(batch.request.batch, slice)) / static_cast<double>(tokens);
     batch.datums_left -= slice.datum_end - slice.datum_begin;
     if (batch.datums_left == 0) finished.push_back(slice.request);
   }
@@ -262,7 +272,11 @@ void TrainExecutor::execute(const TrainMicroBatch& micro_batch, const std::funct
 void TrainExecutor::finish_batch(RequestId id) {
   Batch batch = std::move(batches_.at(id));
   batches_.erase(id);
-  if (batch.partial) adapters_.at(batch.request.adapter).grad.add_(batch.partial->grad);
+  if (batch.partial) {
+    at::Tensor& grad = adapters_.at(batch.request.adapter).grad;
+    own(grad);
+    grad.add_(batch.partial->grad);
+  }
   wp::TrainResult result;
   result.logprobs = std::move(batch.logprobs);
   const auto tokens = static_cast<double>(batch.request.batch.tokens.size());

@@ -1,14 +1,18 @@
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "engine/runtime/adapter.h"
 #include "engine/training/trainer.h"
 #include "scheduler/train_queue.h"
+#include "worker/file_thread.h"
 #include "worker/replies.h"
 #include "worker/versions.h"
 #include "worker_protocol/messages.h"
@@ -19,26 +23,33 @@ struct TrainOptions {
   std::int32_t micro_batch_tokens = 2048;
   std::int32_t max_seq_len = 0;
   std::string base_model;  // the name that adapter files state
+  std::uint64_t adapter_bytes =
+      std::numeric_limits<std::uint64_t>::max();  // of all adapters (model_spec::adapter_bytes)
+  // Of buffers that are written to files while their adapters go on. What is beyond waits for its file.
+  std::uint64_t copy_bytes = std::numeric_limits<std::uint64_t>::max();
 };
 
 // The training lane: its requests, the adapters that they change, and the results on their way.
 class TrainExecutor {
  public:
-  TrainExecutor(const engine::BaseModel& model, Versions& versions, TrainOptions options, Send send);
+  TrainExecutor(const engine::BaseModel& model, Versions& versions, FileThread& files, TrainOptions options, Send send);
 
   void push(worker_protocol::Request request);
   bool ready();
   // One op or one micro-batch.
   void run_slice(const std::function<void()>& between_blocks);
 
-  // A snapshot: drain, then cut. Throws Error when the files cannot be written.
+  // A snapshot: drain, then cut. The cut is taken now and written behind; `then` hears of its result or Failure.
+  using SnapshotReply = std::variant<worker_protocol::Done, worker_protocol::Failure>;
   void set_draining(bool draining) { queue_.set_draining(draining); }
   bool drained() const { return queue_.drained(); }
-  worker_protocol::SnapshotResult snapshot(const std::string& dir);
+  void snapshot(const std::string& dir, std::function<void(SnapshotReply)> then);
   void restore(const std::string& dir);
 
   std::size_t queued() const { return queue_.size(); }
   std::uint64_t micro_batches() const { return micro_batches_; }
+  std::uint64_t tokens() const { return tokens_; }
+  std::uint64_t adapter_bytes() const { return adapter_bytes_; }
 
  private:
   struct Batch {
@@ -52,8 +63,8 @@ class TrainExecutor {
     // added to the adapter's at the end. A failure on the way leaves the adapter's gradient as it was.
     std::optional<engine::Adapter> partial;
   };
-  // What a queued op does when it reaches the head of its queue.
-  using Op = std::function<worker_protocol::DoneBody()>;
+  // What a queued op does when it reaches the head of its queue. Nothing: it answers later, with done() or fail().
+  using Op = std::function<std::optional<worker_protocol::DoneBody>()>;
   struct PendingOp {
     std::string adapter;
     Op run;
@@ -70,13 +81,25 @@ class TrainExecutor {
   void fail(worker_protocol::RequestId id, const std::string& adapter, const std::exception& error);
 
   engine::Adapter& adapter(const std::string& name);
-  worker_protocol::DoneBody create(const worker_protocol::CreateAdapter& request);
+  void drop_adapter(const std::string& name);
+  std::optional<worker_protocol::DoneBody> create(worker_protocol::RequestId id,
+                                                  const worker_protocol::CreateAdapter& request);
+  void load(worker_protocol::RequestId id, const worker_protocol::LoadAdapter& request);
+  void read_adapter(worker_protocol::RequestId id, const std::string& name, const std::string& dir, bool with_optimizer,
+                    std::uint64_t reserved, std::function<engine::Adapter()> make);
   worker_protocol::DoneBody step(const worker_protocol::OptimStep& request);
-  worker_protocol::DoneBody save(const worker_protocol::SaveAdapter& request);
-  void load(engine::Adapter& adapter, const std::string& dir, bool with_optimizer);
+  void save(worker_protocol::RequestId id, const worker_protocol::SaveAdapter& request);
+  std::optional<worker_protocol::DoneBody> publish(worker_protocol::RequestId id,
+                                                   const worker_protocol::PublishVersion& request, bool again);
+
+  // Writes from the adapter as it is now, on the file thread: `write` gives the bytes, `then` gets them or the error.
+  using Write = std::function<std::uint64_t(const engine::Adapter&)>;
+  using Written = std::function<void(std::uint64_t bytes, const Error* error)>;
+  void write_adapter(const std::string& name, Write write, Written then);
 
   const engine::BaseModel& model_;
   Versions& versions_;
+  FileThread& files_;
   const TrainOptions options_;
   const Send send_;
   engine::Trainer trainer_;
@@ -85,7 +108,10 @@ class TrainExecutor {
   std::map<worker_protocol::RequestId, PendingOp> ops_;
   std::map<std::string, engine::Adapter> adapters_;
   std::map<std::string, worker_protocol::RequestId> last_request_;  // of live adapters
+  std::uint64_t adapter_bytes_ = 0;                                 // of adapters_ and of those being read
+  std::uint64_t copy_bytes_ = 0;                                    // of buffers that files are written from
   std::uint64_t micro_batches_ = 0;
+  std::uint64_t tokens_ = 0;
 };
 
 // Throws Error(user) naming the first thing that is wrong with a batch.

@@ -1,15 +1,12 @@
 #include "worker/worker.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
-#include <thread>
 
 #include "base/error.h"
-#include "worker/backend_config.h"
 #include "worker/log.h"
 #include "worker/replies.h"
 
@@ -28,11 +25,14 @@ double seconds_since(steady_clock::time_point start) {
   return std::chrono::duration<double>(steady_clock::now() - start).count();
 }
 
-std::uint64_t resident_bytes() {
-  std::ifstream statm("/proc/self/statm");
-  std::uint64_t total = 0, resident = 0;
-  statm >> total >> resident;
-  return resident * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+// "VmRSS:" or "VmHWM:" of this process, in bytes.
+std::uint64_t memory_of_process(const std::string& name) {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  while (status >> word && word != name) continue;
+  std::uint64_t kib = 0;
+  status >> kib;
+  return kib * 1024;
 }
 
 // A stream that breaks in the middle is as bad as one that closes: what comes next is unknown.
@@ -48,7 +48,8 @@ Lane::Callbacks lane_callbacks(Mailbox& mailbox, const char* name) {
 }  // namespace
 
 Worker::Worker(int control_fd, int training_fd, int sampling_fd)
-    : training_(training_fd, lane_callbacks(mailbox_, "training")),
+    : files_([this](FileThread::Then then) { mailbox_.post(std::move(then)); }),
+      training_(training_fd, lane_callbacks(mailbox_, "training")),
       sampling_(sampling_fd, lane_callbacks(mailbox_, "sampling")),
       control_(control_fd, {[this](wp::Request request) { on_control(std::move(request)); },
                             [](const std::string& error) {
@@ -81,7 +82,14 @@ wp::StatusResult Worker::status() const {
   result.cache_blocks_free = counters_.blocks_free;
   result.micro_batches = counters_.micro_batches;
   result.decode_steps = counters_.steps;
-  result.rss_bytes = resident_bytes();
+  result.rss_bytes = memory_of_process("VmRSS:");
+  result.peak_rss_bytes = memory_of_process("VmHWM:");
+  result.trained_tokens = counters_.trained_tokens;
+  result.sampled_tokens = counters_.sampled_tokens;
+  result.preemptions = counters_.preemptions;
+  result.adapter_bytes = counters_.adapter_bytes;
+  result.adapter_bytes_limit = counters_.adapter_bytes_limit;
+  result.version_bytes = counters_.version_bytes;
   return result;
 }
 
@@ -93,10 +101,16 @@ void Worker::publish_counters() {
   counters_.waiting = sampler_->queue().num_waiting();
   counters_.blocks_total = sampler_->queue().num_blocks();
   counters_.blocks_free = sampler_->queue().num_free_blocks();
+  counters_.trained_tokens = trainer_->tokens();
+  counters_.sampled_tokens = sampler_->tokens();
+  counters_.preemptions = sampler_->queue().num_preemptions();
+  counters_.adapter_bytes = trainer_->adapter_bytes();
+  counters_.version_bytes = versions_->bytes_in_memory();
 }
 
 void Worker::receive(bool wait) {
   Mailbox::Mail mail = mailbox_.take(wait);
+  for (const FileThread::Then& then : mail.files) then();
   for (wp::Request& request : mail.control) handle_control(std::move(request));
   if (!model_) {
     std::move(mail.training.begin(), mail.training.end(), std::back_inserter(early_.training));
@@ -149,80 +163,13 @@ void Worker::handle_control(wp::Request request) {
   }
 }
 
-// A table that cannot be read is none: nobody shall wait for it.
-void Worker::set_token_table(const std::string& path) {
-  token_table_ = nullptr;
-  const auto tell_sampler = [this] {
-    if (sampler_) sampler_->set_token_table(*token_table_);
-  };
-  try {
-    if (!path.empty()) token_table_ = std::make_shared<const TokenTable>(TokenTable::read(path));
-  } catch (...) {
-    tell_sampler();
-    throw;
-  }
-  tell_sampler();
-}
-
-wp::WorkerInfo Worker::initialize(wp::RequestId id, const wp::Initialize& request) {
-  if (model_) throw server_error("the worker has a model already");
-  const BackendConfig config = parse_backend_config(request.backend_config);
-  const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  if (request.threads < 0 || request.threads > 4096) {
-    throw user_error("threads is " + std::to_string(request.threads) + ", allowed are 0 (all cores) to 4096");
-  }
-  engine::EngineOptions options;
-  options.threads = request.threads > 0 ? request.threads : cores;
-  options.recompute = config.recompute;
-  at::set_num_threads(options.threads);
-  auto model = engine::BaseModel::load(request.model_dir, options, [&](double fraction, const std::string& text) {
-    control_.send({id, wp::Progress{fraction, text}});
-  });
-  const model_spec::ModelSpec& spec = model->spec();
-  if (request.max_seq_len < 0 || request.max_seq_len > spec.max_position_embeddings) {
-    throw user_error("max_seq_len is " + std::to_string(request.max_seq_len) + ", the model allows 1 to " +
-                     std::to_string(spec.max_position_embeddings));
-  }
-  wp::WorkerInfo info;
-  info.max_seq_len = request.max_seq_len > 0 ? request.max_seq_len : spec.max_position_embeddings;
-  const model_spec::MemoryPlan plan =
-      plan_memory(spec, config, info.max_seq_len, model->has_16_bit_copy(), available_memory());
-  info.memory_plan = plan.to_text();
-  info.memory_plan.pop_back();  // the last line's end
-  info.device = "cpu, " + std::to_string(options.threads) + " threads";
-
-  std::string name = std::filesystem::path(request.model_dir).lexically_normal().string();
-  while (name.size() > 1 && name.back() == '/') name.pop_back();
-  auto versions = std::make_unique<Versions>(spec, name, plan.demand.version_bytes);
-  auto trainer = std::make_unique<TrainExecutor>(*model, *versions,
-                                                 TrainOptions{config.micro_batch_tokens, info.max_seq_len, name},
-                                                 [this](const wp::Reply& reply) { training_.send(reply); });
-  SampleOptions sampling;
-  sampling.limits = {static_cast<std::int32_t>(plan.demand.cache_tokens / kBlockSize), kBlockSize,
-                     config.max_sampling_sequences, config.prefill_chunk_tokens};
-  sampling.max_seq_len = info.max_seq_len;
-  auto sampler = std::make_unique<SampleExecutor>(*model, *versions, sampling,
-                                                  [this](const wp::Reply& reply) { sampling_.send(reply); });
-  if (token_table_) sampler->set_token_table(*token_table_);
-  turns_.emplace(config.sampling_share);
-  model_ = std::move(model);
-  versions_ = std::move(versions);
-  trainer_ = std::move(trainer);
-  sampler_ = std::move(sampler);
-  publish_counters();
-  return info;
-}
-
 void Worker::snapshot_if_drained() {
   if (snapshots_.empty() || !trainer_->drained()) return;
   for (const wp::Request& request : std::exchange(snapshots_, {})) {
-    try {
-      // Its results are on their way before the cut is reported.
-      training_.flush();
-      control_.send({request.id, wp::Done{trainer_->snapshot(std::get<wp::Snapshot>(request.body).dir)}});
-    } catch (const std::exception& error) {
-      control_.send({request.id, failure_of(error)});
-    }
+    trainer_->snapshot(std::get<wp::Snapshot>(request.body).dir,
+                       [this, id = request.id](const TrainExecutor::SnapshotReply& reply) {
+                         std::visit([&](const auto& body) { control_.send({id, body}); }, reply);
+                       });
   }
   trainer_->set_draining(false);
 }
@@ -247,7 +194,10 @@ void Worker::train_slice() {
 void Worker::between_blocks() {
   const double due = turns_->sampling_due_inside(seconds_since(last_inside_));
   if (due == 0) return;
-  receive_samples(mailbox_.take_sampling());
+  Mailbox::Mail mail = mailbox_.take_sampling();
+  // What comes of files changes no adapter of this micro-batch: while an adapter's files are read, nothing of it runs.
+  for (const FileThread::Then& then : mail.files) then();
+  receive_samples(std::move(mail));
   double taken = 0;
   while (taken < due && sampler_->ready()) taken += sample_slice();
   inside_seconds_ += taken;

@@ -10,6 +10,7 @@
 
 #include "engine/runtime/base_model.h"
 #include "scheduler/turns.h"
+#include "worker/file_thread.h"
 #include "worker/lanes.h"
 #include "worker/mailbox.h"
 #include "worker/sample_executor.h"
@@ -18,8 +19,10 @@
 
 namespace ht::worker {
 
-// The worker process: three lanes whose threads fill the mailbox, and the compute thread that empties it between slices.
-// Cancel, Status and Shutdown are answered by the control lane's thread, whatever the compute thread does.
+// The worker process: three lanes whose threads fill the mailbox, the thread that reads and writes adapter files, and
+// the compute thread that empties the mailbox between slices. The process ends without waiting for files: no answer
+// that went out needs one that is not complete, and each gets its name when it is. Cancel, Status and Shutdown are
+// answered by the control lane's thread, whatever the compute thread does.
 class Worker {
  public:
   Worker(int control_fd, int training_fd, int sampling_fd);
@@ -31,7 +34,8 @@ class Worker {
   struct Counters {
     std::atomic<std::int32_t> queued_training{0}, running{0}, waiting{0};
     std::atomic<std::int64_t> blocks_total{0}, blocks_free{0};
-    std::atomic<std::uint64_t> micro_batches{0}, steps{0};
+    std::atomic<std::uint64_t> micro_batches{0}, steps{0}, trained_tokens{0}, sampled_tokens{0}, preemptions{0};
+    std::atomic<std::uint64_t> adapter_bytes{0}, adapter_bytes_limit{0}, version_bytes{0};
   };
 
   void on_control(worker_protocol::Request request);
@@ -63,6 +67,7 @@ class Worker {
   std::chrono::steady_clock::time_point last_inside_;
   double inside_seconds_ = 0;  // of sampling inside the running micro-batch
   // Last: their threads use everything above.
+  FileThread files_;
   Lane training_;
   Lane sampling_;
   Lane control_;

@@ -116,6 +116,13 @@ void put(pb::StatusResult& out, const StatusResult& in) {
   out.set_micro_batches(in.micro_batches);
   out.set_decode_steps(in.decode_steps);
   out.set_rss_bytes(in.rss_bytes);
+  out.set_peak_rss_bytes(in.peak_rss_bytes);
+  out.set_trained_tokens(in.trained_tokens);
+  out.set_sampled_tokens(in.sampled_tokens);
+  out.set_preemptions(in.preemptions);
+  out.set_adapter_bytes(in.adapter_bytes);
+  out.set_adapter_bytes_limit(in.adapter_bytes_limit);
+  out.set_version_bytes(in.version_bytes);
 }
 StatusResult take(const pb::StatusResult& in) {
   return {.queued_training = in.queued_training(),
@@ -125,7 +132,14 @@ StatusResult take(const pb::StatusResult& in) {
           .cache_blocks_free = in.cache_blocks_free(),
           .micro_batches = in.micro_batches(),
           .decode_steps = in.decode_steps(),
-          .rss_bytes = in.rss_bytes()};
+          .rss_bytes = in.rss_bytes(),
+          .peak_rss_bytes = in.peak_rss_bytes(),
+          .trained_tokens = in.trained_tokens(),
+          .sampled_tokens = in.sampled_tokens(),
+          .preemptions = in.preemptions(),
+          .adapter_bytes = in.adapter_bytes(),
+          .adapter_bytes_limit = in.adapter_bytes_limit(),
+          .version_bytes = in.version_bytes()};
 }
 
 struct PutDone {

@@ -161,6 +161,7 @@ void put(pb::Sample& out, const Sample& in) {
   out.set_target_width(in.target_width);
   put_array(out.mutable_prompt_targets(), in.prompt_targets);
   out.set_prompt_alt_tokens_k(in.prompt_alt_tokens_k);
+  out.set_owner(in.owner);
 }
 Sample take(const pb::Sample& in) {
   Sample out;
@@ -183,6 +184,7 @@ Sample take(const pb::Sample& in) {
   out.target_width = in.target_width();
   take_array(in.prompt_targets(), out.prompt_targets, "prompt_targets");
   out.prompt_alt_tokens_k = in.prompt_alt_tokens_k();
+  out.owner = in.owner();
   return out;
 }
 

@@ -52,7 +52,8 @@ std::vector<RequestBody> all_requests() {
                 .topk_sample_logprobs = 13,
                 .target_width = 2,
                 .prompt_targets = {-1, 9},
-                .prompt_alt_tokens_k = 4};
+                .prompt_alt_tokens_k = 4,
+                .owner = "o"};
   return {
       CreateAdapter{.adapter = "a",
                     .lora = {.rank = 8, .seed = 3, .train_attn = false, .train_mlp = false, .train_unembed = false},
@@ -95,7 +96,7 @@ std::vector<DoneBody> all_done() {
       SaveResult{1'000'000'000'000},
       sample,
       SnapshotResult{{{"a", 4}, {"b", 0xffffffffffffffff}}, {"v1", "v2"}},
-      StatusResult{1, 2, 3, 4, 5, 6, 7, 8},
+      StatusResult{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
   };
 }
 

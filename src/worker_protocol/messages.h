@@ -172,6 +172,8 @@ struct Sample {
   std::int32_t target_width = 0;             // K of target_prompt_logprobs, 0 = off
   std::vector<std::int32_t> prompt_targets;  // [(prompt_len - 1) * K], -1 = not requested; row i scores position i + 1
   std::int32_t prompt_alt_tokens_k = 0;
+  // Whose sample it is: owners share the sampler evenly. Empty: one owner more.
+  std::string owner;
 
   friend bool operator==(const Sample&, const Sample&) = default;
 };
@@ -208,9 +210,9 @@ struct Cancel {
 };
 
 // One cut through all adapters between two micro-batches, with no request partly executed: weights, moments, pending
-// gradients, steps, names of live versions, written into `dir`. Answered at the first such moment. Until then requests of
-// several micro-batches are held back, but only for a bounded number of micro-batches at a time, then they run for as
-// many; ops and requests that fit into one micro-batch are never held back (TrainQueue::set_draining).
+// gradients, steps, names of live versions, written into `dir`. Answered at the first such moment. Until then requests
+// of several micro-batches are held back, but only for a bounded number of micro-batches at a time, then they run for
+// as many; ops and requests that fit into one micro-batch are never held back (TrainQueue::set_draining).
 struct Snapshot {
   std::string dir;
 
@@ -329,6 +331,13 @@ struct StatusResult {
   std::uint64_t micro_batches = 0;
   std::uint64_t decode_steps = 0;
   std::uint64_t rss_bytes = 0;
+  std::uint64_t peak_rss_bytes = 0;       // the most the process has had (VmHWM)
+  std::uint64_t trained_tokens = 0;       // of all micro-batches
+  std::uint64_t sampled_tokens = 0;       // of all sampling steps, prompts included
+  std::uint64_t preemptions = 0;          // sequences that gave up their cache blocks for a while
+  std::uint64_t adapter_bytes = 0;        // of adapters in training
+  std::uint64_t adapter_bytes_limit = 0;  // beyond it CreateAdapter is refused
+  std::uint64_t version_bytes = 0;        // of sampler versions in memory
 
   friend bool operator==(const StatusResult&, const StatusResult&) = default;
 };
