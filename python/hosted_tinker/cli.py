@@ -95,15 +95,18 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--backend", choices=["native"], default=None, help="the engine (default: native)")
     serve.add_argument(
-        "--backend-config", type=_json_object, metavar="JSON", help="settings of the engine; keys: docs/backend-config.md"
+        "--backend-config",
+        type=_json_object,
+        metavar="JSON",
+        help="settings of the engine; keys: docs/backend-config.md (default: {})",
     )
-    serve.add_argument("--max-seq-len", type=_natural, metavar="N", help="longest sequence, 0 for the model's own (default)")
-    serve.add_argument("--threads", type=_natural, metavar="N", help="compute threads, 0 for all cores (default)")
+    serve.add_argument("--max-seq-len", type=_natural, metavar="N", help="longest sequence, 0 for the model's own (default: 0)")
+    serve.add_argument("--threads", type=_natural, metavar="N", help="compute threads, 0 for all cores (default: 0)")
     serve.add_argument(
         "--durability",
         choices=["process", "power"],
-        help="what an acknowledged request survives: process: the death of any process (default); power: also a power "
-        "cut, at the cost of a disk flush a request",
+        help="what an acknowledged request survives: process: the death of any process; power: also a power cut, at the "
+        "cost of a disk flush a request (default: process)",
     )
     limits = serve.add_argument_group("limits")
     limits.add_argument("--session-timeout", type=_natural, metavar="N", help="seconds without a heartbeat (default: 300)")
@@ -119,21 +122,24 @@ def parser() -> argparse.ArgumentParser:
     )
     limits.add_argument("--max-connections", type=_natural, metavar="N", help="open connections (default: 16384)")
     limits.add_argument("--max-queued-samples", type=_natural, metavar="N", help="waiting samples (default: 20000)")
-    limits.add_argument("--max-bodies-bytes", type=_natural, metavar="N",
-                        help="request bodies being read or answered (default: 2 GiB)")
-    limits.add_argument("--max-model-requests", type=_natural, metavar="N",
-                        help="training requests of one model that wait or run (default: 8192)")
-    limits.add_argument("--max-model-bytes", type=_natural, metavar="N", help="ditto, their bytes (default: 2 GiB)")
-    limits.add_argument("--max-requests", type=_natural, metavar="N",
-                        help="training requests of all models that wait or run (default: 65536)")
-    limits.add_argument("--max-requests-bytes", type=_natural, metavar="N",
-                        help="ditto and samples, their bytes (default: 16 GiB)")
+    limits.add_argument(
+        "--max-bodies-bytes", type=_natural, metavar="N", help="request bodies being read or answered (default: 2 GiB)"
+    )
+    limits.add_argument(
+        "--max-model-requests", type=_natural, metavar="N", help="unfinished training requests of one model (default: 8192)"
+    )
+    limits.add_argument("--max-model-bytes", type=_natural, metavar="N", help="the bytes of those (default: 2 GiB)")
+    limits.add_argument("--max-requests", type=_natural, metavar="N", help="unfinished ones of all models (default: 65536)")
+    limits.add_argument(
+        "--max-requests-bytes", type=_natural, metavar="N", help="the bytes of those and of samples (default: 16 GiB)"
+    )
     return top
 
 
 PASSED_ON = (
-    "host port backend backend_config max_seq_len threads durability session_timeout snapshot_seconds max_body_bytes max_decoded_bytes "
-    "max_connections max_queued_samples max_bodies_bytes max_model_requests max_model_bytes max_requests max_requests_bytes"
+    "host port backend backend_config max_seq_len threads durability session_timeout snapshot_seconds "
+    "max_body_bytes max_decoded_bytes max_connections max_queued_samples max_bodies_bytes max_model_requests "
+    "max_model_bytes max_requests max_requests_bytes"
 ).split()
 
 
