@@ -172,6 +172,8 @@ def keep_journal(data_dir: Path) -> None:
         at += record_header + length
         if at <= LARGEST:
             end = at
+    for change in (b"\0\x40\0\x01", b"\0\x1e\0\x80", b"\1\x70\0\0", b"\0\x03\0\x01"):
+        keep("journal_damage", change + b"\x05first\0\x10" + data[:16] + b"\x20" + data[28:60])
     keep("journal_file", data[:end])
     keep("journal_file", data[: end - 3])
     keep("journal_file", data[:file_header])

@@ -1,7 +1,10 @@
 // The worker's streams and the journal.
 
+#include <cstdint>
 #include <filesystem>
+#include <fstream>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "scratch_dir.h"
@@ -63,6 +66,49 @@ void journal_record(std::string_view input) {
     if (record.has_snapshot_taken()) futures::cut_of(record.snapshot_taken());
     for (const auto& lane : record.digest().lanes()) futures::lane_of(lane);
   } catch (const Error&) {
+  }
+}
+
+void journal_damage(std::string_view input) {
+  if (input.size() < 4) return;
+  static const ScratchDir scratch("journal_damage");
+  const auto dir = scratch.path() / "journal";
+  std::filesystem::remove_all(dir);
+  const auto byte = [&](std::size_t at) { return static_cast<std::uint8_t>(input[at]); };
+  std::vector<std::string> appended;
+  {
+    store::Journal journal({.dir = dir});
+    for (std::size_t at = 4; at < input.size() && appended.size() < 16;) {
+      const std::string_view payload = input.substr(at + 1, byte(at));
+      journal.append(payload);
+      appended.emplace_back(payload);
+      at += 1 + payload.size();
+    }
+  }
+  const auto file = dir / "0000000001.journal";
+  const std::size_t size = std::filesystem::file_size(file);
+  const std::size_t place = (byte(1) + std::size_t{256} * byte(2)) % size;
+  const bool cut = (byte(0) & 1) != 0;
+  if (cut) {
+    std::filesystem::resize_file(file, place);
+  } else {
+    std::fstream stream(file, std::ios::binary | std::ios::in | std::ios::out);
+    stream.seekg(static_cast<std::streamoff>(place));
+    const char changed = static_cast<char>(stream.get() ^ (byte(3) == 0 ? 1 : byte(3)));
+    stream.seekp(static_cast<std::streamoff>(place));
+    stream.put(changed);
+  }
+  try {
+    const store::Journal journal({.dir = dir});
+    std::size_t count = 0;
+    journal.replay([&](const store::RecordPosition&, std::string_view payload) {
+      require(count < appended.size() && payload == appended[count], "a damaged record is replayed");
+      ++count;
+    });
+    // A change in the last record may pass for a torn tail.
+    require(cut || count + 1 >= appended.size(), "a record is lost without a word");
+  } catch (const Error&) {
+    require(!cut || place < 28, "a torn tail is no damage");
   }
 }
 

@@ -11,7 +11,7 @@ std::span<const Target> targets() {
       Target{"worker_frames", worker_frames},   Target{"forward_backward", forward_backward},
       Target{"json_bodies", json_bodies},       Target{"zstd_bodies", zstd_bodies},
       Target{"tinker_path", tinker_path},       Target{"journal_file", journal_file},
-      Target{"journal_record", journal_record},
+      Target{"journal_damage", journal_damage}, Target{"journal_record", journal_record},
   };
   return all;
 }

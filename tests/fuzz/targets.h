@@ -16,7 +16,9 @@ void json_bodies(std::string_view input);       // asample, create_model, and nu
 void zstd_bodies(std::string_view input);       // compressed body
 void tinker_path(std::string_view input);       // tinker://…
 void journal_file(std::string_view input);      // a segment
-void journal_record(std::string_view input);    // one record's payload
+// Records of the input's making, then a change somewhere that the input names: what is replayed is what was appended.
+void journal_damage(std::string_view input);
+void journal_record(std::string_view input);  // one record's payload
 
 struct Target {
   std::string_view name;
