@@ -11,7 +11,7 @@ namespace {
 
 Item item(std::int64_t seq, Kind kind = Kind::train) {
   Item made;
-  made.number = static_cast<RequestId>(seq + 1000);
+  made.number = 1000 + static_cast<RequestId>(seq);
   made.kind = seq == 0 ? Kind::create : kind;
   made.model = "m";
   made.seq = seq;

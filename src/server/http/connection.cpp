@@ -29,9 +29,9 @@ constexpr std::size_t kRefusedHeadBytes = 192 << 10;
 constexpr std::size_t kBodyStepBytes = 64 << 10;     // the least and
 constexpr std::size_t kBodyStepMax = 4 << 20;        // the most that a body grows by at once
 
-// A body of `bytes` at 1 MiB a second is slow, but not stuck.
+// A body of `bytes` at 1 MiB a second is slow, but not stuck; a day bounds what a promised length can ask for.
 std::chrono::seconds with_transfer_time(std::chrono::seconds base, std::uint64_t bytes) {
-  return base + std::chrono::seconds(bytes >> 20);
+  return base + std::chrono::seconds(std::min<std::uint64_t>(bytes >> 20, 86400));
 }
 
 bool breaks_lines(std::string_view text) {
