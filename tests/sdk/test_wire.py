@@ -217,6 +217,68 @@ def test_a_cancelled_sample_ends(server, sampler):
         assert server.post("cancel_future", {"request_id": other})[0] == 200
 
 
+def test_a_pending_poll_wakes_up_at_once(server, model):
+    """Held while there is nothing to say, and answered by the event, not by the next look at a clock."""
+    parked = server.post("optim_step", step(model, 2))[1]["request_id"]
+    answer = []
+    waiting = threading.Thread(target=lambda: answer.append(poll(server, parked)))
+    waiting.start()
+    waiting.join(1)
+    assert not answer
+    assert server.post("optim_step", step(model, 1))[0] == 200
+    waiting.join(10)  # far below the hold of 30 s
+    status, _, body = answer[0]
+    assert status == 200 and json.loads(body)["metrics"]["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_poll_without_news_is_told_to_come_again(server, model):
+    parked = server.post("optim_step", step(model, 2))[1]["request_id"]
+    asked = time.monotonic()
+    status, headers, body = poll(server, parked)
+    assert 20 <= time.monotonic() - asked <= 40
+    assert status == 408 and json.loads(body)["type"] == "try_again", body
+    assert server.post("optim_step", step(model, 1))[0] == 200
+    assert poll(server, parked)[0] == 200
+
+
+@pytest.mark.slow
+def test_a_silent_session_expires_and_gives_its_models_back(make_server):
+    server = make_server("silent", None, "--session-timeout", "10")
+    quiet, lively = (server.post("create_session", {"tags": [], "sdk_version": "0.38.0"})[1]["session_id"] for _ in "ab")
+    names = []
+    for session in (quiet, lively):
+        body = {"session_id": session, "model_seq_id": 0, "base_model": LLAMA, "lora_config": {"rank": 4}}
+        names.append(server.post("create_model", body)[1]["model_id"])
+    parked = server.post("optim_step", step(names[0], 2))[1]["request_id"]
+    for _ in range(20):
+        assert server.post("session_heartbeat", {"session_id": lively})[0] == 200
+        time.sleep(1)
+    assert server.post("session_heartbeat", {"session_id": quiet})[0] == 410
+    status, _, body = poll(server, parked)
+    assert status == 200 and "error" in json.loads(body)
+    assert server.post("optim_step", step(names[0], 1))[0] in (400, 403)
+    status, answer = server.post("optim_step", step(names[1], 1))
+    assert status == 200 and poll(server, answer["request_id"])[0] == 200
+
+
+ABSENT = ["auth/token", "copy_weights", "create_custom_loss", "retrieve_futures", "sessions/search", "no/such/thing"]
+
+
+@pytest.mark.parametrize("path", ABSENT)
+def test_absent_endpoints_are_named(server, path):
+    status, answer = server.post(path, {})
+    assert status == 404 and path in answer["detail"]
+
+
+def test_an_absent_numbered_endpoint_uses_its_number_up(server, model):
+    body = {"model_id": model, "seq_id": 1, "path": "x", "type": "save_weights_external"}
+    status, answer = server.post("save_weights_external", body)
+    assert status == 404 and "save_weights_external" in answer["detail"]
+    status, answer = server.post("optim_step", step(model, 2))
+    assert status == 200 and poll(server, answer["request_id"])[0] == 200
+
+
 def test_unknown_fields_are_ignored(server, session):
     body = {"session_id": session, "sampling_session_seq_id": 9, "base_model": LLAMA, "colour": {"of": ["sky"]}}
     assert server.post("create_sampling_session", body)[0] == 200
