@@ -93,7 +93,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where sessions, the journal and checkpoints live (default: ~/.local/share/hosted-tinker)",
     )
-    serve.add_argument("--backend", choices=["native"], default=None, help="the engine (default: native)")
+    serve.add_argument(
+        "--backend",
+        choices=["native", "pytorch"],
+        help="the engine: native (default), or pytorch for any causal LM of transformers",
+    )
     serve.add_argument(
         "--backend-config",
         type=_json_object,
@@ -173,10 +177,15 @@ def server_command(arguments: argparse.Namespace, models: list[tuple[str, Path]]
     return command
 
 
-def server_environment() -> dict[str, str]:
+def server_environment(backend: str | None = None) -> dict[str, str]:
     package_parent = str(installation.PACKAGE_DIR.parent)
     environment = dict(os.environ)
-    environment["HOSTED_TINKER_TORCH_LIB"] = str(installation.torch_lib_dir())
+    if backend == "pytorch":
+        installation.check_pytorch()
+        environment.pop("HOSTED_TINKER_TORCH_LIB", None)  # Python's torch finds its own libraries
+        environment["HOSTED_TINKER_PYTORCH_COMMAND"] = json.dumps([sys.executable, "-m", "hosted_tinker.pytorch_worker"])
+    else:
+        environment["HOSTED_TINKER_TORCH_LIB"] = str(installation.torch_lib_dir())
     environment["HOSTED_TINKER_TOKENIZER_COMMAND"] = json.dumps([sys.executable, "-m", "hosted_tinker.tokenizer_helper"])
     paths = [package_parent, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
@@ -189,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         # Before any download: without its binary nothing can be served.
         installation.bin_dir()
         command = server_command(arguments, resolve_models(arguments.base_model, arguments.model_alias))
-        environment = server_environment()
+        environment = server_environment(arguments.backend)
     except LauncherError as error:
         sys.exit(f"hosted-tinker: {error}")
     except KeyboardInterrupt:

@@ -38,3 +38,17 @@ def torch_lib_dir() -> Path:
             return place
     looked = ", ".join(str(place) for place in places)
     raise LauncherError(f"no libtorch_cpu.so in {looked}: run `scripts/setup --for build`, or `pip install torch==2.11.0`")
+
+
+def check_pytorch() -> None:
+    """What `--backend pytorch` runs on, without importing it."""
+    missing = [name for name in ("google.protobuf", "safetensors", "torch", "transformers") if not _is_installed(name)]
+    if missing:
+        raise LauncherError(f"--backend pytorch needs {', '.join(missing)}: pip install 'hosted-tinker[pytorch]'")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False

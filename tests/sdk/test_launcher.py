@@ -140,6 +140,16 @@ def test_server_refuses_another_form_of_tokenizer_command(tmp_path, command):
     assert done.returncode != 0 and "JSON array of strings" in done.stderr and command in done.stderr
 
 
+@pytest.mark.parametrize("backend", ["native", "pytorch"])
+def test_a_wrong_backend_config_ends_the_start_at_once(make_server, backend):
+    """No second attempt: it would fail alike."""
+    with pytest.raises(RuntimeError, match="the server ended with 1") as ended:
+        make_server("refused", None, "--backend", backend, "--backend-config", '{"frobnicate": 1}')
+    log = str(ended.value)
+    assert "cannot be served: the base model could not be loaded: backend config: unknown key frobnicate" in log
+    assert "micro_batch_tokens" in log and "times" not in log
+
+
 @pytest.fixture(scope="session")
 def smollm():
     return embedded_model.ensure()

@@ -17,7 +17,17 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::string_view kBackends = "native";
+struct BackendRow {
+  std::string_view name;
+  Backend backend;
+};
+constexpr BackendRow kBackends[] = {{"native", Backend::native}, {"pytorch", Backend::pytorch}};
+
+std::string backend_names() {
+  std::string names;
+  for (const BackendRow& row : kBackends) names += (names.empty() ? "" : ", ") + std::string(row.name);
+  return names;
+}
 
 std::string environment(const char* name) {
   const char* value = std::getenv(name);
@@ -54,8 +64,15 @@ std::string check_backend_config(const std::string& text) {
   return text;
 }
 
+Backend parse_backend(const std::string& name) {
+  for (const BackendRow& row : kBackends) {
+    if (row.name == name) return row.backend;
+  }
+  throw user_error("--backend " + name + " is not available; available: " + backend_names());
+}
+
 // A JSON array, so that a path may hold spaces.
-std::vector<std::string> parse_command(const std::string& text) {
+std::vector<std::string> parse_command(const char* option, const std::string& text) {
   std::vector<std::string> words;
   if (text.empty()) return words;
   boost::system::error_code error;
@@ -68,14 +85,25 @@ std::vector<std::string> parse_command(const std::string& text) {
     if (valid) words.emplace_back(*word);
   }
   if (!valid) {
-    throw user_error("--tokenizer-command must be a JSON array of strings such as [\"/usr/bin/helper\"], got " + text);
+    throw user_error(std::string(option) + " must be a JSON array of strings such as [\"/usr/bin/helper\"], got " +
+                     text);
   }
   return words;
 }
 
+void choose_pytorch_worker(std::vector<std::string> command, ServeOptions& options) {
+  if (command.empty()) {
+    throw user_error(
+        "--backend pytorch needs --pytorch-command, which the hosted-tinker launcher gives: start the server with it");
+  }
+  options.worker_program = command.front();
+  options.worker_arguments.assign(command.begin() + 1, command.end());
+}
+
 struct Texts {
   std::vector<std::string> base_models, aliases;
-  std::string backend = std::string(kBackends);
+  std::string backend = "native";
+  std::string pytorch_command = environment("HOSTED_TINKER_PYTORCH_COMMAND");
   std::string tokenizer_command = environment("HOSTED_TINKER_TOKENIZER_COMMAND");
   std::string durability = "process";
   std::int64_t session_timeout = 300;
@@ -97,7 +125,7 @@ void add_options(CLI::App& serve, ServeOptions& options, Texts& texts) {
   serve.add_option("--data-dir", options.data_dir, "Where sessions, the journal and checkpoints live")
       ->type_name("DIR")
       ->capture_default_str();
-  serve.add_option("--backend", texts.backend, "The engine: " + std::string(kBackends))->capture_default_str();
+  serve.add_option("--backend", texts.backend, "The engine: " + backend_names())->capture_default_str();
   serve.add_option("--backend-config", options.backend_config, "Settings of the engine, see docs/backend-config.md")
       ->type_name("JSON")
       ->capture_default_str();
@@ -138,6 +166,11 @@ void add_options(CLI::App& serve, ServeOptions& options, Texts& texts) {
   serve.add_option("--worker-program", options.worker_program, "The worker (default: beside this program)")
       ->type_name("FILE");
   serve
+      .add_option("--pytorch-command", texts.pytorch_command,
+                  "Program and arguments, a JSON array, of the worker of --backend pytorch")
+      ->type_name("JSON")
+      ->envname("HOSTED_TINKER_PYTORCH_COMMAND");
+  serve
       .add_option("--tokenizer-command", texts.tokenizer_command,
                   "Program and arguments, a JSON array, that writes a model's token bytes when run with "
                   "\"export DIR OUT\"; without it, stop strings are refused")
@@ -166,9 +199,7 @@ std::variant<ServeOptions, Exit> parse_command_line(int argc, const char* const*
     return Exit{status == 0 ? 0 : 2};
   }
 
-  if (texts.backend != kBackends) {
-    throw user_error("--backend " + texts.backend + " is not available; available: " + std::string(kBackends));
-  }
+  options.backend = parse_backend(texts.backend);
   for (const std::string& text : texts.base_models) options.models.push_back(parse_model(text, false));
   for (const std::string& text : texts.aliases) options.models.push_back(parse_model(text, true));
   if (options.models.empty()) throw user_error("nothing to serve: give --base-model DIR");
@@ -178,7 +209,9 @@ std::variant<ServeOptions, Exit> parse_command_line(int argc, const char* const*
   }
   options.durability = texts.durability == "power" ? store::Durability::power : store::Durability::process;
   options.session_timeout = std::chrono::seconds(texts.session_timeout);
-  options.tokenizer_command = parse_command(texts.tokenizer_command);
+  options.tokenizer_command = parse_command("--tokenizer-command", texts.tokenizer_command);
+  if (options.backend == Backend::pytorch)
+    choose_pytorch_worker(parse_command("--pytorch-command", texts.pytorch_command), options);
   if (::access(options.worker_program.c_str(), X_OK) != 0) {
     throw user_error("there is no worker program at " + options.worker_program.string());
   }

@@ -15,6 +15,10 @@
 
 namespace ht::app {
 
+// native: the C++ engine, for the architectures of model_spec. pytorch: a worker in Python, for any causal LM of
+// transformers.
+enum class Backend { native, pytorch };
+
 struct ServeOptions {
   // (name, directory as given), base models first. A base model given as a bare directory has its path as name.
   std::vector<std::pair<std::string, std::filesystem::path>> models;
@@ -37,7 +41,9 @@ struct ServeOptions {
   std::size_t max_requests_bytes = std::size_t{16} << 30;
   std::chrono::seconds session_timeout{300};
   double snapshot_seconds = 60;  // of compute between two snapshots
+  Backend backend = Backend::native;
   std::filesystem::path worker_program;
+  std::vector<std::string> worker_arguments;   // before those that name its lanes
   std::vector<std::string> tokenizer_command;  // empty: none
 };
 

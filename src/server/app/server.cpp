@@ -82,6 +82,7 @@ std::vector<dispatch::GroupOptions> groups_of(const ServeOptions& options, const
     group.base_dir = model.base_dir;
     group.name = group_name(model.base_dir);
     group.worker_program = options.worker_program;
+    group.worker_arguments = options.worker_arguments;
     group.initialize = {model.base_dir, options.backend_config, model.max_seq_len, options.threads};
     groups.push_back(std::move(group));
   }
@@ -193,10 +194,10 @@ class Application {
       return announce(groups);
     }
     for (const auto& [group, status] : groups) {
-      if (status.info || status.restarts < kLoadAttempts) continue;
+      if (status.info || (!status.refused && status.restarts < kLoadAttempts)) continue;
       view_.clear();
-      spdlog::error("{} cannot be served, the worker failed {} times: {}", group.base_dir, status.restarts,
-                    status.last_error);
+      const std::string failed = status.refused ? "" : fmt::format(", the worker failed {} times", status.restarts);
+      spdlog::error("{} cannot be served{}: {}", group.base_dir, failed, status.last_error);
       return shut_down(1);
     }
     view_.show(groups);

@@ -28,6 +28,7 @@ struct GroupOptions {
   std::string base_dir;  // canonical
   std::string name;      // for logs and reasons
   std::filesystem::path worker_program;
+  std::vector<std::string> worker_arguments;  // before those that name its lanes
   std::filesystem::path worker_log;  // empty: stderr
   worker_protocol::Initialize initialize;
 };
@@ -86,6 +87,7 @@ struct GroupStatus {
   double progress = 0;     // of loading, 0…1
   std::string text;        // "loading the base model", …: queue_state_reason while not ready
   std::string last_error;  // of the last exit or failed start
+  bool refused = false;    // by the worker, as wrong input: it was never ready, and another start would end alike
   int restarts = 0;
   int snapshot_failures = 0;
   std::optional<worker_protocol::WorkerInfo> info;  // of the running or the last worker

@@ -66,7 +66,9 @@ void Group::launch() {
   };
   try {
     worker_ = std::make_unique<workers::WorkerGroup>(
-        io_, workers::WorkerOptions{group_.worker_program, group_.name, group_.worker_log}, std::move(callbacks));
+        io_,
+        workers::WorkerOptions{group_.worker_program, group_.name, group_.worker_log, group_.worker_arguments},
+        std::move(callbacks));
     worker_->start();
   } catch (const std::exception& error) {
     return on_exit(std::string("it could not be started: ") + error.what(), Death::ours);
@@ -95,7 +97,11 @@ void Group::on_control(const wp::Reply& reply) {
 
 void Group::on_loaded(const wp::Reply& reply) {
   const auto* done = std::get_if<wp::Done>(&reply.body);
-  if (done == nullptr) return abandon_worker("the base model could not be loaded: " + failure_of(reply));
+  if (done == nullptr) {
+    const auto* failure = std::get_if<wp::Failure>(&reply.body);
+    status_.refused = !status_.info && failure != nullptr && failure->category == ErrorCategory::user;
+    return abandon_worker("the base model could not be loaded: " + failure_of(reply));
+  }
   if (const auto* info = std::get_if<wp::WorkerInfo>(&done->body)) status_.info = *info;
   status_.progress = 1;
   if (token_table_) token_table_request_ = send_control(wp::SetTokenTable{*token_table_});

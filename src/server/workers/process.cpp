@@ -121,6 +121,7 @@ Process spawn(const WorkerOptions& options) {
   static constexpr std::array<std::string_view, 3> kNames{"--control-fd", "--training-fd", "--sampling-fd"};
   std::array<Fd, 3> ours, theirs;
   std::vector<std::string> arguments{options.program.string()};
+  arguments.insert(arguments.end(), options.arguments.begin(), options.arguments.end());
   for (std::size_t lane = 0; lane < kNames.size(); ++lane) {
     int pair[2];
     if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0) fail(options, "socketpair", errno);

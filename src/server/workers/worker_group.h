@@ -7,15 +7,17 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "worker_protocol/messages.h"
 
 namespace ht::workers {
 
 struct WorkerOptions {
-  std::filesystem::path program;   // hosted-tinker-worker
-  std::string name;                // for logs
-  std::filesystem::path log_file;  // appended to; empty: inherits stderr
+  std::filesystem::path program;            // hosted-tinker-worker
+  std::string name;                         // for logs
+  std::filesystem::path log_file;           // appended to; empty: inherits stderr
+  std::vector<std::string> arguments = {};  // before those that name the lanes
 };
 
 // One worker process and its three lanes (socket pairs inherited as --control-fd, --training-fd, --sampling-fd).
