@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <boost/json.hpp>
-#include <fstream>
 #include <limits>
 
 #include "base/error.h"
@@ -16,7 +15,8 @@ namespace json = boost::json;
 namespace {
 
 constexpr const char* kKeys =
-    "micro_batch_tokens, recompute, prefill_chunk_tokens, max_sampling_sequences, kv_cache_tokens, adapter_bytes, sampling_share";
+    "micro_batch_tokens, recompute, prefill_chunk_tokens, max_sampling_sequences, kv_cache_tokens, adapter_bytes, "
+    "sampling_share, device";
 
 std::int64_t integer(const json::key_value_pair& pair, std::int64_t low, std::int64_t high) {
   boost::system::error_code error;
@@ -36,6 +36,12 @@ engine::Recompute recompute(const json::value& value) {
   throw user_error("backend config: recompute is " + name + ", allowed are none, norms_mlp, block");
 }
 
+std::string device(const json::value& value) {
+  const std::string name = value.is_string() ? std::string(value.get_string()) : json::serialize(value);
+  if (name == "auto" || name == "cpu" || name == "cuda") return name;
+  throw user_error("backend config: device is " + name + ", allowed are auto, cpu, cuda");
+}
+
 double share(const json::value& value) {
   boost::system::error_code error;
   const double number = value.to_number<double>(error);
@@ -44,21 +50,6 @@ double share(const json::value& value) {
                      ", allowed are numbers from 0.05 to 0.95");
   }
   return number;
-}
-
-// The number in a file, or in the line of it that begins with `name`; the maximum when there is none.
-std::uint64_t read_number(const std::string& file, const std::string& name = "") {
-  std::ifstream stream(file);
-  std::string word;
-  while (stream >> word) {
-    if (!name.empty() && word != name) continue;
-    if (!name.empty() && !(stream >> word)) break;
-    char* end = nullptr;
-    const std::uint64_t value = std::strtoull(word.c_str(), &end, 10);
-    if (end != word.c_str()) return value;
-    break;
-  }
-  return std::numeric_limits<std::uint64_t>::max();
 }
 
 }  // namespace
@@ -84,6 +75,8 @@ BackendConfig parse_backend_config(const std::string& text) {
       config.kv_cache_tokens = integer(pair, kBlockSize, kMaxInt);
     } else if (key == "adapter_bytes") {
       config.adapter_bytes = static_cast<std::uint64_t>(integer(pair, 1, std::numeric_limits<std::int64_t>::max()));
+    } else if (key == "device") {
+      config.device = device(pair.value());
     } else if (key == "sampling_share") {
       config.sampling_share = share(pair.value());
     } else {
@@ -104,15 +97,6 @@ model_spec::MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const Back
   model_spec::divide_free_memory(spec, max_seq_len, free_bytes, demand);
   demand.cache_tokens = (demand.cache_tokens + kBlockSize - 1) / kBlockSize * kBlockSize;
   return model_spec::plan_memory(spec, demand, max_seq_len);
-}
-
-std::uint64_t available_memory() {
-  std::uint64_t available = read_number("/proc/meminfo", "MemAvailable:");
-  if (available != std::numeric_limits<std::uint64_t>::max()) available *= 1024;
-  const std::uint64_t limit = read_number("/sys/fs/cgroup/memory.max");
-  const std::uint64_t used = read_number("/sys/fs/cgroup/memory.current");
-  if (limit != std::numeric_limits<std::uint64_t>::max() && used <= limit) available = std::min(available, limit - used);
-  return available == std::numeric_limits<std::uint64_t>::max() ? std::uint64_t{4} << 30 : available;
 }
 
 }  // namespace ht::worker

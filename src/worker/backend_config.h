@@ -17,6 +17,7 @@ struct BackendConfig {
   std::int32_t max_sampling_sequences = 64;               // most sequences decoded in a step
   std::int64_t kv_cache_tokens = 0;                       // 0: by the memory plan
   std::uint64_t adapter_bytes = 0;                        // most that adapters in training take; 0: by the memory plan
+  std::string device = "auto";                            // "cpu", "cuda"; "auto": cuda where it can be used
   double sampling_share = 0.5;                            // of the time while training and sampling both have work
 };
 
@@ -29,8 +30,5 @@ inline constexpr std::int32_t kBlockSize = 16;  // tokens of a block of the key/
 // does not fit.
 model_spec::MemoryPlan plan_memory(const model_spec::ModelSpec& spec, const BackendConfig& config,
                                    std::int32_t max_seq_len, bool copy_16_bits, std::uint64_t free_bytes);
-
-// Free memory by /proc/meminfo and the cgroup's limit.
-std::uint64_t available_memory();
 
 }  // namespace ht::worker

@@ -24,13 +24,14 @@ std::string refusal(const std::string& text) {
 TEST(BackendConfig, EveryKeyIsRead) {
   const BackendConfig config = parse_backend_config(
       R"({"micro_batch_tokens": 100, "recompute": "block", "prefill_chunk_tokens": 64, "max_sampling_sequences": 3,
-          "kv_cache_tokens": 160, "sampling_share": 0.25})");
+          "kv_cache_tokens": 160, "sampling_share": 0.25, "device": "cpu"})");
   EXPECT_EQ(config.micro_batch_tokens, 100);
   EXPECT_EQ(config.recompute, engine::Recompute::block);
   EXPECT_EQ(config.prefill_chunk_tokens, 64);
   EXPECT_EQ(config.max_sampling_sequences, 3);
   EXPECT_EQ(config.kv_cache_tokens, 160);
   EXPECT_EQ(config.sampling_share, 0.25);
+  EXPECT_EQ(config.device, "cpu");
   for (const char* empty : {"", "{}"}) EXPECT_EQ(parse_backend_config(empty).micro_batch_tokens, 2048);
 }
 
@@ -48,6 +49,8 @@ TEST(BackendConfig, EveryWrongValueIsNamedWithWhatIsAllowed) {
            {R"({"kv_cache_tokens": 1e30})", "kv_cache_tokens", "1E30", "2147483647"},
            {R"({"recompute": "all"})", "recompute", "all", "none, norms_mlp, block"},
            {R"({"recompute": 1})", "recompute", "1", "none, norms_mlp, block"},
+           {R"({"device": "tpu"})", "device", "tpu", "auto, cpu, cuda"},
+           {R"({"device": 0})", "device", "0", "auto, cpu, cuda"},
            {R"({"sampling_share": 1})", "sampling_share", "1", "0.05 to 0.95"},
            {R"({"sampling_share": null})", "sampling_share", "null", "0.05 to 0.95"},
            {R"({"colour": 1})", "colour", "unknown", "kv_cache_tokens"}}) {

@@ -74,7 +74,7 @@ std::optional<wp::DoneBody> TrainExecutor::create(RequestId id, const wp::Create
                  [this, lora = request.lora] { return engine::Adapter::create(model_.spec(), lora); });
     return std::nullopt;
   }
-  adapters_.emplace(request.adapter, engine::Adapter::create(model_.spec(), request.lora));
+  adapters_.emplace(request.adapter, engine::Adapter::create(model_.spec(), request.lora, model_.device()));
   adapter_bytes_ += bytes;
   queue_.set_live(request.adapter, true);
   return wp::Ack{};
@@ -198,6 +198,7 @@ void TrainExecutor::read_adapter(RequestId id, const std::string& name, const st
         adapter_bytes_ -= reserved;
         return fail(id, name, *error);
       }
+      engine::move_to(model_.device(), *read);
       adapters_[name] = std::move(*read);
       queue_.set_live(name, true);
       done(id, name, wp::Ack{});

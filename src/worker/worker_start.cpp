@@ -8,7 +8,9 @@
 #include <thread>
 
 #include "base/error.h"
+#include "engine/device/cuda_library.h"
 #include "worker/backend_config.h"
+#include "worker/log.h"
 #include "worker/worker.h"
 
 namespace ht::worker {
@@ -40,6 +42,9 @@ wp::WorkerInfo Worker::initialize(wp::RequestId id, const wp::Initialize& reques
   engine::EngineOptions options;
   options.threads = request.threads > 0 ? request.threads : cores;
   options.recompute = config.recompute;
+  std::string note;
+  options.device = &engine::choose_device(config.device, note);
+  if (!note.empty()) log_warning(note);
   at::set_num_threads(options.threads);
   auto model = engine::BaseModel::load(request.model_dir, options, [&](double fraction, const std::string& text) {
     control_.send({id, wp::Progress{fraction, text}});
@@ -52,10 +57,10 @@ wp::WorkerInfo Worker::initialize(wp::RequestId id, const wp::Initialize& reques
   wp::WorkerInfo info;
   info.max_seq_len = request.max_seq_len > 0 ? request.max_seq_len : spec.max_position_embeddings;
   const model_spec::MemoryPlan plan =
-      plan_memory(spec, config, info.max_seq_len, model->has_16_bit_copy(), available_memory());
+      plan_memory(spec, config, info.max_seq_len, model->has_16_bit_copy(), model->device().memory().free);
   info.memory_plan = plan.to_text();
   info.memory_plan.pop_back();  // the last line's end
-  info.device = "cpu, " + std::to_string(options.threads) + " threads";
+  info.device = model->device().name();
 
   std::string name = std::filesystem::path(request.model_dir).lexically_normal().string();
   while (name.size() > 1 && name.back() == '/') name.pop_back();

@@ -165,11 +165,18 @@ def test_wrong_options_are_named(arguments, named):
     [
         (("--backend-config", '{"micro_batch_tokenz": 5}'), "micro_batch_tokenz"),
         (("--backend-config", '{"recompute": "sometimes"}'), "sometimes"),
+        (("--backend-config", '{"device": "tpu"}'), "auto, cpu, cuda"),
     ],
 )
 def test_wrong_backend_config_ends_the_server(make_server, options, named):
     with pytest.raises(RuntimeError, match=named):
         make_server("config", None, *options)
+
+
+def test_a_cuda_device_that_is_missing_ends_the_server(make_server, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(RuntimeError, match="device cuda cannot be used: .*NVIDIA driver"):
+        make_server("cuda", None, "--backend-config", '{"device": "cuda"}')
 
 
 def test_max_seq_len_is_enforced(make_server, connect):

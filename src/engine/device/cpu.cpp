@@ -5,6 +5,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <limits>
 #include <string>
 #include <thread>
 
@@ -25,6 +28,32 @@ void keep_freed_memory() {
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 }
 
+// The number in a file, or in the line of it that begins with `name`; the maximum when there is none.
+std::uint64_t read_number(const std::string& file, const std::string& name = "") {
+  std::ifstream stream(file);
+  std::string word;
+  while (stream >> word) {
+    if (!name.empty() && word != name) continue;
+    if (!name.empty() && !(stream >> word)) break;
+    char* end = nullptr;
+    const std::uint64_t value = std::strtoull(word.c_str(), &end, 10);
+    if (end != word.c_str()) return value;
+    break;
+  }
+  return std::numeric_limits<std::uint64_t>::max();
+}
+
+// Free memory by /proc/meminfo and the cgroup's limit.
+std::uint64_t available_memory() {
+  std::uint64_t available = read_number("/proc/meminfo", "MemAvailable:");
+  if (available != std::numeric_limits<std::uint64_t>::max()) available *= 1024;
+  const std::uint64_t limit = read_number("/sys/fs/cgroup/memory.max");
+  const std::uint64_t used = read_number("/sys/fs/cgroup/memory.current");
+  if (limit != std::numeric_limits<std::uint64_t>::max() && used <= limit)
+    available = std::min(available, limit - used);
+  return available == std::numeric_limits<std::uint64_t>::max() ? std::uint64_t{4} << 30 : available;
+}
+
 // A device whose tensors lie in this process's memory.
 class HostDevice final : public Device {
  public:
@@ -40,9 +69,8 @@ class HostDevice final : public Device {
   const HtKernelTable& kernels() const override { return kernels_; }
   HtStream stream() const override { return nullptr; }
   Memory memory() const override {
-    const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-    return {static_cast<std::uint64_t>(::sysconf(_SC_AVPHYS_PAGES)) * page,
-            static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES)) * page};
+    return {available_memory(), static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
+                                    static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))};
   }
   bool has_decode_kernels() const override { return decode_kernels_; }
   at::Tensor attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -4,6 +4,8 @@
 
 #include <filesystem>
 
+#include "base/error.h"
+#include "engine/device/cpu.h"
 #include "engine/device/cuda_entry.h"
 
 namespace ht::engine {
@@ -56,6 +58,23 @@ const Device* load_cuda_device(std::string& why_not) {
   static const Device* const device = load(reason);
   why_not = reason;
   return device;
+}
+
+const Device& choose_device(const std::string& wish, std::string& note) {
+  note.clear();
+  if (wish == "cpu") return cpu_device();
+  if (wish != "auto" && wish != "cuda") {
+    throw user_error("device " + wish + " is unknown, allowed are auto, cpu, cuda");
+  }
+  std::string why_not;
+  if (wish == "auto" && !driver_has_device(why_not)) return cpu_device();
+  if (const Device* device = load_cuda_device(why_not)) return *device;
+  if (wish == "cuda") {
+    throw user_error("device cuda cannot be used: " + why_not +
+                     ". With \"device\": \"cpu\" or \"auto\" the CPU is taken");
+  }
+  note = "the CPU is taken though there is a GPU: " + why_not;
+  return cpu_device();
 }
 
 }  // namespace ht::engine

@@ -35,6 +35,16 @@ std::string name_of(const testing::TestParamInfo<Which>& info) {
   return "Cuda";
 }
 
+// Before any test: ATen remembers what it found when it first asked for CUDA.
+class LoadCudaFirst : public testing::Environment {
+  void SetUp() override {
+    std::string why_not;
+    load_cuda_device(why_not);
+  }
+};
+[[maybe_unused]] const testing::Environment* const kLoadCudaFirst =
+    testing::AddGlobalTestEnvironment(new LoadCudaFirst);
+
 class DeviceTest : public testing::TestWithParam<Which> {
  protected:
   void SetUp() override {

@@ -62,6 +62,9 @@ struct Adapter {
                         const Device& device = cpu_device());
 };
 
+// Moves its buffers onto the device, where they are not there already.
+void move_to(const Device& device, Adapter& adapter);
+
 // A copy that later optimizer steps do not touch.
 AdapterWeights freeze(const Adapter& adapter);
 

@@ -92,6 +92,12 @@ Adapter Adapter::create(const model_spec::ModelSpec& spec, const LoraConfig& con
   return adapter;
 }
 
+void move_to(const Device& device, Adapter& adapter) {
+  for (at::Tensor* buffer : {&adapter.weights.flat, &adapter.grad, &adapter.exp_avg, &adapter.exp_avg_sq}) {
+    *buffer = buffer->to(device.torch_device());
+  }
+}
+
 AdapterWeights freeze(const Adapter& adapter) {
   return {adapter.weights.layout, adapter.weights.flat.clone()};
 }
