@@ -10,7 +10,7 @@ SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu')
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-setup: ## system packages, libtorch, .venv with the tinker SDK
+setup: ## what is missing of system packages, libtorch, .venv with the tinker SDK
 	@scripts/setup --for demo
 
 build: setup ## build/hosted-tinker
@@ -30,10 +30,11 @@ test-slow: ## long sequences and other tests of minutes
 	@scripts/test slow
 
 format: ## clang-format on every C++ source
+	@scripts/setup --for tidy
 	@clang-format -i $(SOURCES)
 
 tidy: ## clang-tidy on the torch-free sources
-	@scripts/setup --for build
+	@scripts/setup --for tidy
 	@scripts/tidy
 
 asan: ## unit tests with AddressSanitizer and UBSan
