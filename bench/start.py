@@ -130,6 +130,8 @@ def measure(model):
             if not token.get("tokens"):
                 raise RuntimeError("no token came")
             times["token"] = token["at"]
+            times["cpu_server"] = sum(psutil.Process(process.pid).cpu_times()[:2])  # one process: launcher, then server
+            times["cpu_worker"] = sum(psutil.Process(observer.worker).cpu_times()[:2])
             time.sleep(0.5)  # the tokenizer's export and the allocator settle
             observer.over.set()
             observer.join()
@@ -147,6 +149,8 @@ ROWS = [("launcher: exec → the server's exec", "server", "{:.2f} s"),
         ("→ the worker's process", "worker", "{:.2f} s"),
         ("→ ready (healthz 200)", "ready", "{:.2f} s"),
         ("→ the first sampled token", "token", "{:.2f} s"),
+        ("processor time of launcher and server", "cpu_server", "{:.2f} s"),
+        ("processor time of the worker", "cpu_worker", "{:.2f} s"),
         ("worker, RssAnon: highest while loading", "peak", "{:.0f} MiB"),
         ("worker, RssAnon: after", "after", "{:.0f} MiB")]
 
