@@ -6,11 +6,16 @@ set(HT_CUDA_TARGETS
     # 8.x, and as PTX what is newer than this list; 9.0: H100, H200; 10.0: B200
     "-gencode=arch=compute_80,code=[sm_80,compute_80]" "-gencode=arch=compute_90a,code=sm_90a"
     "-gencode=arch=compute_100a,code=sm_100a")
-if(HT_NVCC)
+if(HT_SANITIZE)
+  set(HT_CUDA OFF)
+  message(STATUS "CUDA: SKIPPED, libht_cuda.so is not built with sanitizers")
+elseif(HT_NVCC)
+  set(HT_CUDA ON)
   message(STATUS "CUDA: ${HT_NVCC}")
   get_filename_component(HT_CUDA_ROOT "${HT_NVCC}" REALPATH)
   get_filename_component(HT_CUDA_ROOT "${HT_CUDA_ROOT}/../.." ABSOLUTE)
 else()
+  set(HT_CUDA OFF)
   message(STATUS "CUDA: SKIPPED, libht_cuda.so is not built: no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
 endif()
 

@@ -16,6 +16,8 @@ std::uint64_t hash_name(std::string_view name) {
   return hash;
 }
 
+}  // namespace
+
 bool trains(const LoraConfig& config, SiteGroup group) {
   switch (group) {
     case SiteGroup::attn:
@@ -27,8 +29,6 @@ bool trains(const LoraConfig& config, SiteGroup group) {
   }
   return false;
 }
-
-}  // namespace
 
 std::vector<LoraSite> lora_sites(const ModelSpec& spec) {
   std::vector<LoraSite> sites;

@@ -36,6 +36,9 @@ inline constexpr double kLoraAlpha = 32.0;
 // The input embedding has none.
 std::vector<LoraSite> lora_sites(const ModelSpec& spec);
 
+// Whether the adapter has LoRA on the sites of this group.
+bool trains(const LoraConfig& config, SiteGroup group);
+
 // Adapter parameters at config.rank for the chosen groups.
 std::int64_t num_lora_parameters(const ModelSpec& spec, const LoraConfig& config);
 

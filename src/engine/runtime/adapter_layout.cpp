@@ -10,21 +10,8 @@ namespace ht::engine {
 
 using model_spec::LoraConfig;
 using model_spec::LoraSite;
-using model_spec::SiteGroup;
 
 namespace {
-
-bool group_enabled(const LoraConfig& config, SiteGroup group) {
-  switch (group) {
-    case SiteGroup::attn:
-      return config.train_attn;
-    case SiteGroup::mlp:
-      return config.train_mlp;
-    case SiteGroup::unembed:
-      return config.train_unembed;
-  }
-  return false;
-}
 
 // Sites of a layer in lora_sites order: q k v | o | gate up | down. Returns the number of sites that share the input of
 // the group starting at `site`.
@@ -55,7 +42,7 @@ AdapterLayout::AdapterLayout(const model_spec::ModelSpec& spec, const LoraConfig
   std::int64_t offset = 0;
   for (std::size_t first = 0; first < sites_.size();) {
     const std::size_t count = sites_sharing_input(first, sites_.size());
-    if (group_enabled(config, sites_[first].group)) {
+    if (model_spec::trains(config, sites_[first].group)) {
       for (std::size_t i = first; i < first + count; ++i) {
         offsets_[i].enabled = true;
         offsets_[i].a_offset = offset;

@@ -35,6 +35,8 @@ const std::vector<Shape> kShapes = {
     {"llama", "LlamaForCausalLM", "llama", "", 6, 2, 8, true, false, false, true},
     {"qwen2", "Qwen2ForCausalLM", "qwen2", "", 4, 4, 12, false, true, false},
     {"qwen3", "Qwen3ForCausalLM", "qwen3", "", 6, 3, 16, false, false, true},
+    // Wide enough that a step of few rows is worth several threads (FewRowsForward's team).
+    {"wide", "LlamaForCausalLM", "llama", "", 40, 20, 128, true, false, false, true},
     {"mistral", "MistralForCausalLM", "mistral", R"(, "sliding_window": 9)", 4, 2, 16, false, false, false},
 };
 

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "engine/device/cuda_library.h"
 #include "engine/runtime/test_checkpoint.h"
 #include "engine/training/optimizer.h"
 
@@ -170,6 +171,47 @@ TEST_F(TrainerTest, ZeroEpsilonKeepsUntouchedElements) {
   trainer.optim_step(a, {.eps = 0.0});
   EXPECT_TRUE(at::isfinite(a.weights.flat).all().item<bool>());
 }
+
+// The optimizer's kernels of every device against double; "*Cuda*" is skipped where no GPU is.
+class OptimizerKernels : public testing::TestWithParam<const char*> {};
+
+TEST_P(OptimizerKernels, AdamWAndNormEqualDouble) {
+  const std::string which = GetParam();
+  std::string why_not;
+  const Device* device = which == "Cpu"         ? &cpu_device()
+                         : which == "Reference" ? &reference_device(at::kFloat)
+                                                : load_cuda_device(why_not);
+  if (device == nullptr) GTEST_SKIP() << "no CUDA: " << why_not;
+  const std::int64_t n = 100003;
+  const at::Tensor p = at::randn({n}), g = at::randn({n}), m = at::randn({n}), v = at::rand({n});
+  g[5] = m[5] = 0.0;
+  Adapter adapter;
+  adapter.weights.flat = p.clone().to(device->torch_device());
+  adapter.grad = g.to(device->torch_device());
+  adapter.exp_avg = m.clone().to(device->torch_device());
+  adapter.exp_avg_sq = v.clone().to(device->torch_device());
+  adapter.step = 2;
+  const double norm = global_norm(*device, adapter.grad), exact_norm = g.to(at::kDouble).norm().item<double>();
+  EXPECT_NEAR(norm, exact_norm, 1e-9 * exact_norm);
+  EXPECT_EQ(norm, global_norm(*device, adapter.grad));
+  const worker_protocol::AdamParams params{
+      .learning_rate = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .grad_clip_norm = 1.0};
+  adamw_step(*device, adapter, params, norm);
+  const at::Tensor clipped = g.to(at::kDouble) / (exact_norm + 1e-6);
+  const at::Tensor m3 = m.to(at::kDouble) * 0.9 + clipped * 0.1,
+                   v3 = v.to(at::kDouble) * 0.95 + clipped.square() * 0.05;
+  const at::Tensor step = (m3 / (1 - std::pow(0.9, 3))) / ((v3 / (1 - std::pow(0.95, 3))).sqrt() + 1e-8);
+  const at::Tensor expected = p.to(at::kDouble) * (1 - 1e-3) - 1e-2 * step;
+  const auto off = [](const at::Tensor& actual, const at::Tensor& exact) {
+    return (actual.cpu().to(at::kDouble) - exact).norm().item<double>() / exact.norm().item<double>();
+  };
+  EXPECT_LT(off(adapter.exp_avg, m3), 2e-7);
+  EXPECT_LT(off(adapter.exp_avg_sq, v3), 2e-7);
+  EXPECT_LT(off(adapter.weights.flat, expected), 2e-6);
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, OptimizerKernels, testing::Values("Cpu", "Reference", "Cuda"),
+                         [](const auto& info) { return std::string(info.param); });
 
 TEST(Optimizer, GlobalNormDoesNotDependOnThreads) {
   const at::Tensor x = at::randn({100003});
