@@ -95,7 +95,8 @@ int main(int argc, char** argv) {
   const auto plan = ht::model_spec::plan_memory(model->spec(), demand);
   constexpr double kMiB = 1 << 20;
   std::cout << "ready " << rss_mib() << ' ' << peak_rss_mib() << ' ' << static_cast<double>(plan.total()) / kMiB << ' '
-            << static_cast<double>(plan.activations) / kMiB << std::endl;
+            << static_cast<double>(plan.activations + ht::model_spec::adapter_bytes(model->spec(), lora) / 6) / kMiB  // a batch's gradient
+            << std::endl;
 
   std::string line;
   while (std::getline(std::cin, line)) {

@@ -64,12 +64,20 @@ std::uint64_t activation_bytes(const ModelSpec& spec, const MemoryDemand& demand
   // In a backward: what the block computes again, gradients of its input, projection and gate/up; rope's cos and sin;
   // the final hidden states and their gradient.
   const std::uint64_t whole = kept_per_token(spec, demand.lora, RecomputePolicy::none);
-  per_token += whole - kept_per_token(spec, demand.lora, demand.recompute);
+  const std::uint64_t again = whole - kept_per_token(spec, demand.lora, demand.recompute);
+  per_token += again;
+  // What the allocator does not have back in one piece: what a block computes again was freed in its forward between
+  // things that are kept, and the head's logits lie where that was. By measurement (docs/benchmarks.md).
+  std::uint64_t chunks = 1;
+  if (demand.recompute != RecomputePolicy::none) {
+    per_token += again;
+    chunks = 3;
+  }
   per_token += static_cast<std::uint64_t>(spec.hidden_size) * 4 + static_cast<std::uint64_t>(spec.head_dim) +
                static_cast<std::uint64_t>(spec.q_size() + 2 * spec.kv_size()) +
                2 * static_cast<std::uint64_t>(spec.intermediate_size);
   const auto chunk = static_cast<std::uint64_t>(std::min(num_tokens, kHeadChunkRows));
-  return (tokens * per_token + chunk * static_cast<std::uint64_t>(spec.vocab_size)) * kFloat;
+  return (tokens * per_token + chunks * chunk * static_cast<std::uint64_t>(spec.vocab_size)) * kFloat;
 }
 
 std::uint64_t cache_bytes_per_token(const ModelSpec& spec) {
