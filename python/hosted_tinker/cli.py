@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--backend",
         choices=["native", "pytorch"],
-        help="the engine: native (default), or pytorch for any causal LM of transformers",
+        help="the engine: native, or pytorch for any causal LM of transformers (default: native)",
     )
     serve.add_argument(
         "--backend-config",

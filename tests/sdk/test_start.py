@@ -97,8 +97,10 @@ def test_ctrl_c_while_loading(on_terminal):
 
 def test_no_progress_line_where_there_is_no_terminal(make_server):
     server = make_server()
-    text = server.log.read_text()
-    assert "hosted-tinker serves" in text
+    deadline = time.monotonic() + 30
+    while "hosted-tinker serves" not in (text := server.log.read_text()):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.02)
     assert "\r" not in text and "\x1b" not in text and "[#" not in text
     assert server.stop() == 0
 
