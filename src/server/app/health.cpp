@@ -30,6 +30,16 @@ std::string_view name_of(GroupState state) {
   return "unknown";
 }
 
+json::object describe(const worker_protocol::StatusResult& counters) {
+  return {{"queued_training", counters.queued_training},     {"running_sequences", counters.running_sequences},
+          {"waiting_sequences", counters.waiting_sequences}, {"cache_blocks_total", counters.cache_blocks_total},
+          {"cache_blocks_free", counters.cache_blocks_free}, {"micro_batches", counters.micro_batches},
+          {"decode_steps", counters.decode_steps},           {"trained_tokens", counters.trained_tokens},
+          {"sampled_tokens", counters.sampled_tokens},       {"preemptions", counters.preemptions},
+          {"adapter_bytes", counters.adapter_bytes},         {"adapter_bytes_limit", counters.adapter_bytes_limit},
+          {"version_bytes", counters.version_bytes}};
+}
+
 json::object describe(const tinker_api::ServedModel* served, const dispatch::GroupOptions& options,
                       const dispatch::GroupStatus& status) {
   json::object model;
@@ -48,6 +58,12 @@ json::object describe(const tinker_api::ServedModel* served, const dispatch::Gro
   if (status.info) {
     model["device"] = status.info->device;
     model["memory_plan"] = status.info->memory_plan;
+  }
+  model["snapshot_failures"] = status.snapshot_failures;
+  if (status.counters) {
+    model["rss_bytes"] = status.counters->rss_bytes;
+    model["peak_rss_bytes"] = status.counters->peak_rss_bytes;
+    model["counters"] = describe(*status.counters);
   }
   return model;
 }

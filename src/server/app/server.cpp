@@ -42,8 +42,10 @@ namespace {
 constexpr milliseconds kWatchPeriod{50};  // of the loading progress
 constexpr int kLoadAttempts = 4;          // of a worker that was never ready
 constexpr seconds kSessionExpiryPeriod{5};
-constexpr int kCheckpointExpiryRounds = 12;  // session rounds to a checkpoint round
-constexpr milliseconds kRequestGrace{1000};  // at the end, for running requests; parked polls come again elsewhere
+constexpr milliseconds kCountersLimit{500};       // for a worker to tell healthz
+constexpr seconds kSessionMemory{7 * 24 * 3600};  // of one that is over
+constexpr int kCheckpointExpiryRounds = 12;       // session rounds to a checkpoint round
+constexpr milliseconds kRequestGrace{1000};       // at the end, for running requests; parked polls come again elsewhere
 constexpr seconds kShutdownLimit{10};
 
 bool is_loopback(const std::string& host) {
@@ -96,8 +98,9 @@ dispatch::Options dispatch_options(const ServeOptions& serve, const DataDir& dat
   return options;
 }
 
-futures::Options futures_options(const ServeOptions& options) {
+futures::Options futures_options(const ServeOptions& options, const DataDir& data) {
   futures::Options result;
+  result.data_dir = data.path();
   result.max_queued_samples = options.max_queued_samples;
   result.max_model_requests = options.max_model_requests;
   result.max_model_bytes = options.max_model_bytes;
@@ -122,7 +125,7 @@ class Application {
         checkpoints_(checkpoints::make_checkpoints(database_, file_work_, data_.path())),
         journal_({.dir = data_.journal(), .durability = options.durability}),
         dispatch_(io_, dispatch_options(options, data_), groups_of(options, catalogue_)),
-        futures_(futures::make_futures(io_, journal_, dispatch_, futures_options(options))),
+        futures_(futures::make_futures(io_, journal_, dispatch_, futures_options(options, data_))),
         context_{.sessions = *sessions_, .checkpoints = *checkpoints_, .futures = *futures_, .catalogue = catalogue_} {
     context_.loopback = is_loopback(options.host);
     context_.limits.max_decoded_bytes = options.max_decoded_bytes;
@@ -131,6 +134,7 @@ class Application {
     tinker_api::register_routes(router_, context_);
     for (const char* path : {"/healthz", "/api/v1/healthz"}) {
       router_.add("GET", path, [this](const http::Request&) -> asio::awaitable<http::Response> {
+        co_await dispatch_.refresh_counters(kCountersLimit);
         co_return health(catalogue_, dispatch_.groups(), futures_->counts());
       });
     }
@@ -245,6 +249,7 @@ class Application {
       if (round % kCheckpointExpiryRounds == 0) {
         checkpoints_->expire();
         tinker_api::sweep_versions(context_);
+        sessions_->forget(kSessionMemory, [this](const std::string& run) { return checkpoints_->has_run(run); });
       }
     } catch (const std::exception& error) {
       spdlog::error("expiry: {}", error.what());

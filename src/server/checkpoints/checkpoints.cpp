@@ -153,6 +153,12 @@ class StoredCheckpoints : public Checkpoints {
     return result;
   }
 
+  bool has_run(const std::string& run) const override {
+    const std::string prefix = "tinker://" + run + "/";
+    const auto first = entries_.lower_bound(prefix);
+    return first != entries_.end() && first->first.starts_with(prefix);
+  }
+
   std::vector<Checkpoint> list(std::size_t limit, std::size_t offset, std::size_t* total) const override {
     const std::vector<const Entry*> entries = newest_first();
     if (total != nullptr) *total = entries.size();
@@ -201,6 +207,7 @@ class StoredCheckpoints : public Checkpoints {
     delete_doomed();
   }
 
+  std::string relative(const fs::path& dir) const override { return files_->relative(dir); }
   fs::path version_dir(const std::string& version) override { return files_->version_dir(version); }
 
   void sweep_versions(std::function<bool(const std::string&)> needed) override {

@@ -76,6 +76,7 @@ class Checkpoints {
   // Not expired, or nothing.
   virtual std::optional<Checkpoint> find(const TinkerPath& path) const = 0;
   virtual std::vector<Checkpoint> list_run(const std::string& run) const = 0;  // newest first
+  virtual bool has_run(const std::string& run) const = 0;                      // any checkpoint of it
   virtual std::vector<Checkpoint> list(std::size_t limit, std::size_t offset, std::size_t* total) const = 0;
   virtual bool remove(const TinkerPath& path) = 0;
   virtual bool set_ttl(const TinkerPath& path, std::optional<std::chrono::seconds> ttl) = 0;
@@ -83,6 +84,8 @@ class Checkpoints {
   // Deletes what has expired.
   virtual void expire() = 0;
 
+  // The path of a directory below the data directory, as it is to be kept.
+  virtual std::string relative(const std::filesystem::path& dir) const = 0;
   // Directory for the files of an ephemeral sampler version.
   virtual std::filesystem::path version_dir(const std::string& version) = 0;
   // Deletes the directories of all versions that are not `needed`.

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "server/dispatch/group.h"
+#include "server/store/file_work.h"
 
 namespace ht::dispatch {
 
@@ -39,6 +40,9 @@ Item describe(Item item, const wp::RequestBody& body) {
 }
 
 struct Dispatch::Impl {
+  explicit Impl(boost::asio::io_context& io) : file_work(io) {}
+
+  store::FileWork file_work;  // of all groups' snapshots
   Options options;
   Events events;
   std::map<std::string, std::unique_ptr<Group>> groups;  // by base_dir
@@ -58,11 +62,12 @@ struct Dispatch::Impl {
 };
 
 Dispatch::Dispatch(boost::asio::io_context& io, Options options, std::vector<GroupOptions> groups)
-    : impl_(std::make_unique<Impl>()) {
+    : impl_(std::make_unique<Impl>(io)) {
   impl_->options = std::move(options);
   for (GroupOptions& group : groups) {
     const std::string base_dir = group.base_dir;
-    impl_->groups.emplace(base_dir, std::make_unique<Group>(io, impl_->options, std::move(group), impl_->events));
+    impl_->groups.emplace(
+        base_dir, std::make_unique<Group>(io, impl_->file_work, impl_->options, std::move(group), impl_->events));
   }
 }
 
@@ -95,6 +100,10 @@ std::vector<std::pair<GroupOptions, GroupStatus>> Dispatch::groups() const {
   std::vector<std::pair<GroupOptions, GroupStatus>> all;
   for (const auto& [base_dir, group] : impl_->groups) all.emplace_back(group->options(), group->status());
   return all;
+}
+
+boost::asio::awaitable<void> Dispatch::refresh_counters(std::chrono::milliseconds limit) {
+  for (auto& [base_dir, group] : impl_->groups) co_await group->refresh_counters(limit);
 }
 
 void Dispatch::set_token_table(const std::string& base_dir, const std::string& path) {
@@ -135,6 +144,10 @@ void Dispatch::cancel_sample(RequestId number) {
 std::vector<RequestId> Dispatch::close_lane(const std::string& model) {
   Group* group = impl_->group_of(model);
   return group == nullptr ? std::vector<RequestId>() : group->close_lane(*group->find_lane(model));
+}
+
+void Dispatch::drop_version(const std::string& base_dir, const std::string& version) {
+  impl_->group(base_dir).drop_version(version);
 }
 
 std::string Dispatch::base_dir_of(const std::string& model) const {

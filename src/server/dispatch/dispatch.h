@@ -4,6 +4,7 @@
 // base model, started, watched, restarted and brought back to where it was. What a request means to a client, and the
 // journal, are the business of futures.
 
+#include <boost/asio/awaitable.hpp>
 #include <boost/asio/io_context.hpp>
 
 #include <chrono>
@@ -29,7 +30,7 @@ struct GroupOptions {
   std::string name;      // for logs and reasons
   std::filesystem::path worker_program;
   std::vector<std::string> worker_arguments;  // before those that name its lanes
-  std::filesystem::path worker_log;  // empty: stderr
+  std::filesystem::path worker_log;           // empty: stderr
   worker_protocol::Initialize initialize;
 };
 
@@ -90,8 +91,9 @@ struct GroupStatus {
   bool refused = false;    // by the worker, as wrong input: it was never ready, and another start would end alike
   int restarts = 0;
   int snapshot_failures = 0;
-  std::optional<worker_protocol::WorkerInfo> info;  // of the running or the last worker
-  int pid = 0;                                      // 0: none
+  std::optional<worker_protocol::WorkerInfo> info;        // of the running or the last worker
+  std::optional<worker_protocol::StatusResult> counters;  // of the running worker, when it was asked last
+  int pid = 0;                                            // 0: none
 };
 
 struct LaneCounts {
@@ -140,6 +142,8 @@ class Dispatch {
   bool has_group(const std::string& base_dir) const;
   GroupStatus status(const std::string& base_dir) const;
   std::vector<std::pair<GroupOptions, GroupStatus>> groups() const;
+  // Asks each worker that is ready for its counters and waits for the answer, at most `limit`.
+  boost::asio::awaitable<void> refresh_counters(std::chrono::milliseconds limit);
   // Sent to the worker now and after each restart.
   void set_token_table(const std::string& base_dir, const std::string& path);
 
@@ -155,6 +159,8 @@ class Dispatch {
   void cancel_sample(RequestId number);
   // Takes out what is not with the worker yet and closes the lane to all but the drop. Returns what was taken.
   std::vector<RequestId> close_lane(const std::string& model);
+  // The worker lets go of weights that nobody samples from.
+  void drop_version(const std::string& base_dir, const std::string& version);
   // The group that the model's lane is in; empty: there is no such lane.
   std::string base_dir_of(const std::string& model) const;
 

@@ -32,8 +32,15 @@ void make_target_dir(const wp::RequestBody& body) {
 
 }  // namespace
 
-Group::Group(boost::asio::io_context& io, const Options& options, GroupOptions group, const Dispatch::Events& events)
-    : io_(io), options_(options), group_(std::move(group)), events_(events), timer_(io) {}
+Group::Group(boost::asio::io_context& io, store::FileWork& file_work, const Options& options, GroupOptions group,
+             const Dispatch::Events& events)
+    : io_(io),
+      file_work_(file_work),
+      options_(options),
+      group_(std::move(group)),
+      events_(events),
+      timer_(io),
+      snapshot_timer_(io) {}
 
 Group::~Group() {
   ++*epoch_;
@@ -125,6 +132,15 @@ std::vector<RequestId> Group::close_lane(Lane& lane) {
     if (entry.item.kind == Kind::publish) settle_version(entry.item, false);
   }
   return numbers;
+}
+
+void Group::drop_version(const std::string& version) {
+  versions_to_drop_.push_back(version);
+  if (state_ == GroupState::ready) drop_versions();
+}
+
+void Group::drop_versions() {
+  for (std::string& version : std::exchange(versions_to_drop_, {})) send_control(wp::DropVersion{std::move(version)});
 }
 
 bool Group::needed(RequestId number) const {

@@ -18,6 +18,7 @@
 
 #include "server/dispatch/dispatch.h"
 #include "server/dispatch/lane.h"
+#include "server/store/file_work.h"
 #include "server/workers/worker_group.h"
 
 namespace ht::dispatch {
@@ -29,7 +30,8 @@ std::int64_t oom_kills();
 
 class Group {
  public:
-  Group(boost::asio::io_context& io, const Options& options, GroupOptions group, const Dispatch::Events& events);
+  Group(boost::asio::io_context& io, store::FileWork& file_work, const Options& options, GroupOptions group,
+        const Dispatch::Events& events);
   ~Group();
 
   const GroupOptions& options() const { return group_; }
@@ -37,6 +39,7 @@ class Group {
   void start();
   void stop();
   void set_token_table(const std::string& path);
+  boost::asio::awaitable<void> refresh_counters(std::chrono::milliseconds limit);
 
   Lane* find_lane(const std::string& model);
   Lane& lane(const std::string& model);
@@ -47,6 +50,7 @@ class Group {
   bool owns(RequestId number) const { return index_.contains(number) || samples_.contains(number); }
   void cancel_sample(RequestId number);
   std::vector<RequestId> close_lane(Lane& lane);
+  void drop_version(const std::string& version);
   bool needed(RequestId number) const;
   void count(LaneCounts& counts) const;
   std::size_t queued_samples() const { return waiting_.size(); }
@@ -88,12 +92,14 @@ class Group {
     SnapshotCut cut;
     Executed inside;
     bool answered = false;  // by the worker
+    bool syncing = false;   // all it stands in for is done
   };
 
   // group.cpp: sending and replies
   void pump();
   void pump_lane(Lane& lane);
   void pump_samples();
+  void drop_versions();
   bool send(RequestId number, const Item& item);
   void cannot_send(Lane& lane, const Item& item);
   void on_reply(worker_protocol::Reply reply);
@@ -134,12 +140,16 @@ class Group {
   void maybe_snapshot();
   void on_snapshot(const worker_protocol::Reply& reply);
   void try_adopt();
+  void adopt();
+  void remove_behind(const std::string& cut_dir);
   void discard_cut();
   void postpone_snapshot();
+  void snapshot_after(std::chrono::milliseconds pause);
   void drop_covered(const SnapshotCut& cut);
   void prune_micro_batches();
 
   boost::asio::io_context& io_;
+  store::FileWork& file_work_;
   const Options& options_;
   GroupOptions group_;
   const Dispatch::Events& events_;
@@ -155,20 +165,23 @@ class Group {
   Care care_ = Care::none;
   std::int64_t oom_kills_ = 0;  // of the machine, when the worker was started
   RequestId next_control_ = 1;
-  RequestId initialize_ = 0, restore_ = 0, snapshot_ = 0, token_table_request_ = 0;
+  RequestId initialize_ = 0, restore_ = 0, snapshot_ = 0, token_table_request_ = 0, counters_request_ = 0;
+  std::vector<std::shared_ptr<boost::asio::steady_timer>> counters_waiters_;
 
   std::map<std::string, Lane> lanes_;
   std::unordered_map<RequestId, Place> index_;  // of the lanes' entries
   std::map<RequestId, SampleEntry> samples_;
   std::set<RequestId> waiting_;  // samples not sent
   std::size_t samples_in_flight_ = 0, samples_in_flight_bytes_ = 0;
-  std::unordered_map<std::string, Version> versions_;
+  std::unordered_map<std::string, Version> versions_;  // that are published
+  std::vector<std::string> versions_to_drop_;          // once a worker is ready
 
   std::string snapshot_dir_;                               // of the cut in use; empty: none
   std::deque<worker_protocol::MicroBatch> micro_batches_;  // since the cut
   std::size_t replay_cursor_ = 0;                          // those that the running worker has executed
   std::optional<PendingCut> cut_;
   std::chrono::steady_clock::time_point next_snapshot_{};
+  boost::asio::steady_timer snapshot_timer_;
   std::chrono::milliseconds snapshot_pause_{0};  // after the last failure
   Executed since_cut_;                           // by the running worker
   std::uint64_t snapshots_made_ = 0;

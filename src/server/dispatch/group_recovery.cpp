@@ -5,6 +5,8 @@
 #include <utility>
 
 #include <boost/asio/post.hpp>
+#include <boost/asio/redirect_error.hpp>
+#include <boost/asio/use_awaitable.hpp>
 
 #include "base/logging.h"
 #include "server/dispatch/group.h"
@@ -33,6 +35,7 @@ void Group::start() {
 
 void Group::stop() {
   timer_.cancel();
+  snapshot_timer_.cancel();
   ++*epoch_;
   if (worker_) worker_->stop(options_.stop_grace);
   state_ = GroupState::stopped;
@@ -42,6 +45,16 @@ void Group::stop() {
 void Group::set_token_table(const std::string& path) {
   token_table_ = path;
   if (state_ == GroupState::ready) token_table_request_ = send_control(wp::SetTokenTable{path});
+}
+
+boost::asio::awaitable<void> Group::refresh_counters(milliseconds limit) {
+  if (state_ != GroupState::ready) co_return;
+  if (counters_request_ == 0) counters_request_ = send_control(wp::Status{});
+  const auto timer = std::make_shared<boost::asio::steady_timer>(io_, limit);
+  counters_waiters_.push_back(timer);
+  boost::system::error_code answered;
+  co_await timer->async_wait(boost::asio::redirect_error(boost::asio::use_awaitable, answered));
+  std::erase(counters_waiters_, timer);
 }
 
 void Group::launch() {
@@ -66,8 +79,7 @@ void Group::launch() {
   };
   try {
     worker_ = std::make_unique<workers::WorkerGroup>(
-        io_,
-        workers::WorkerOptions{group_.worker_program, group_.name, group_.worker_log, group_.worker_arguments},
+        io_, workers::WorkerOptions{group_.worker_program, group_.name, group_.worker_log, group_.worker_arguments},
         std::move(callbacks));
     worker_->start();
   } catch (const std::exception& error) {
@@ -90,6 +102,12 @@ void Group::on_control(const wp::Reply& reply) {
     begin();
   } else if (reply.id == snapshot_) {
     on_snapshot(reply);
+  } else if (reply.id == counters_request_) {
+    counters_request_ = 0;
+    const auto* done = std::get_if<wp::Done>(&reply.body);
+    const auto* counters = done == nullptr ? nullptr : std::get_if<wp::StatusResult>(&done->body);
+    if (counters != nullptr) status_.counters = *counters;
+    for (const auto& waiter : counters_waiters_) waiter->cancel();
   } else if (reply.id == token_table_request_ && !failure_of(reply).empty()) {
     spdlog::error("{}: the token table was refused: {}", group_.name, failure_of(reply));
   }
@@ -118,6 +136,7 @@ void Group::begin() {
   if (!micro_batches_.empty()) send_control(wp::Replay{{micro_batches_.begin(), micro_batches_.end()}});
   state_ = GroupState::ready;
   status_.text.clear();
+  drop_versions();
   spdlog::info("{}: the worker is ready", group_.name);
   pump();
 }
@@ -200,6 +219,8 @@ void Group::on_exit(const std::string& reason, Death death) {
   // Not inside its own callback.
   if (worker_) boost::asio::post(io_, [worker = std::shared_ptr<workers::WorkerGroup>(std::move(worker_))] {});
   ++crashes_in_a_row_;
+  counters_request_ = 0;
+  status_.counters.reset();
   ++status_.restarts;
   status_.last_error = reason;
   const bool was_ready = state_ == GroupState::ready;

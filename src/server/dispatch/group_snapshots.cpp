@@ -2,19 +2,15 @@
 //
 // A cut's directory is known by its path below Options::snapshot_dir, so that a data directory may be moved.
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <boost/crc.hpp>
-#include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <utility>
 
 #include "base/logging.h"
 #include "server/dispatch/group.h"
+#include "server/store/journal.h"
 
 namespace ht::dispatch {
 
@@ -26,14 +22,6 @@ namespace {
 void remove_tree(const std::filesystem::path& dir) {
   std::error_code ignored;
   std::filesystem::remove_all(dir, ignored);
-}
-
-void sync_dir(const std::filesystem::path& dir) {
-  const int fd = ::open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  const bool synced = fd >= 0 && ::fsync(fd) == 0;
-  const int error = errno;
-  if (fd >= 0) ::close(fd);
-  if (!synced) throw server_error("cannot sync " + dir.string() + ": " + std::strerror(error));
 }
 
 }  // namespace
@@ -115,8 +103,7 @@ void Group::on_snapshot(const wp::Reply& reply) {
       const auto version = versions_.find(entry.item.version);
       if (version != versions_.end() && !version->second.on_disk && !version->second.failed) {
         discard_cut();
-        next_snapshot_ = std::chrono::steady_clock::now() + options_.snapshot_retry;
-        return;
+        return snapshot_after(options_.snapshot_retry);
       }
     }
   }
@@ -126,36 +113,52 @@ void Group::on_snapshot(const wp::Reply& reply) {
 
 // A result that the worker sent before the cut may still be on its way on another stream.
 void Group::try_adopt() {
-  if (!cut_ || !cut_->answered) return;
+  if (!cut_ || !cut_->answered || cut_->syncing) return;
   for (const auto& [model, seq] : cut_->cut.covered) {
     for (const auto& [number, entry] : lane(model).entries()) {
       if (number > seq) break;
       if (!entry.item.completed) return;
     }
   }
+  // The worker synced the files; their names are ours to sync.
+  cut_->syncing = true;
+  auto sync = [dir = absolute(cut_->cut.dir), root = absolute(snapshot_root())] {
+    store::sync_path(dir);
+    store::sync_path(root);
+  };
+  file_work_.post(std::move(sync), [this, current = epoch_, epoch = *epoch_](const std::exception_ptr& thrown) {
+    if (*current != epoch) return;  // the worker ended, and the cut is gone
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+      adopt();
+    } catch (const std::exception& error) {
+      spdlog::error("{}: the snapshot could not be journalled: {}", group_.name, error.what());
+      discard_cut();
+      postpone_snapshot();
+    }
+  });
+}
+
+void Group::adopt() {
+  events_.snapshot(group_.base_dir, cut_->cut);
   const PendingCut adopted = *std::exchange(cut_, std::nullopt);
-  try {
-    // The worker synced the files.
-    sync_dir(absolute(adopted.cut.dir));
-    sync_dir(absolute(snapshot_root()));
-    events_.snapshot(group_.base_dir, adopted.cut);
-  } catch (const std::exception& error) {
-    spdlog::error("{}: the snapshot could not be journalled: {}", group_.name, error.what());
-    remove_tree(absolute(adopted.cut.dir));
-    return postpone_snapshot();
-  }
   snapshot_pause_ = milliseconds(0);
   const std::string replaced = std::exchange(snapshot_dir_, adopted.cut.dir);
-  if (!replaced.empty()) remove_tree(absolute(replaced));
+  if (!replaced.empty()) remove_behind(replaced);
   drop_covered(adopted.cut);
   since_cut_.compute_seconds -= adopted.inside.compute_seconds;
   since_cut_.bytes -= adopted.inside.bytes;
   since_cut_.requests -= adopted.inside.requests;
+  maybe_snapshot();
+}
+
+void Group::remove_behind(const std::string& cut_dir) {
+  file_work_.post([dir = absolute(cut_dir)] { remove_tree(dir); }, [](const std::exception_ptr&) {});
 }
 
 void Group::discard_cut() {
   if (!cut_) return;
-  remove_tree(absolute(cut_->cut.dir));
+  remove_behind(cut_->cut.dir);
   cut_.reset();
 }
 
@@ -163,7 +166,15 @@ void Group::discard_cut() {
 void Group::postpone_snapshot() {
   ++status_.snapshot_failures;
   snapshot_pause_ = std::clamp(2 * snapshot_pause_, options_.snapshot_retry, options_.snapshot_retry_max);
-  next_snapshot_ = std::chrono::steady_clock::now() + snapshot_pause_;
+  snapshot_after(snapshot_pause_);
+}
+
+void Group::snapshot_after(milliseconds pause) {
+  next_snapshot_ = std::chrono::steady_clock::now() + pause;
+  snapshot_timer_.expires_at(next_snapshot_);
+  snapshot_timer_.async_wait([this, current = epoch_, epoch = *epoch_](const boost::system::error_code& cancelled) {
+    if (!cancelled && *current == epoch) maybe_snapshot();
+  });
 }
 
 void Group::drop_covered(const SnapshotCut& cut) {

@@ -113,6 +113,8 @@ class Futures {
   // workers.
   virtual void end_session(const std::string& session_id, const std::vector<std::string>& model_ids,
                            const std::string& reason) = 0;
+  // No sampler uses the version any more: the worker need not keep it. One that does later has it read again.
+  virtual void drop_version(const std::string& base_dir, const std::string& version) = 0;
 
   // For get_info right after create_model, metrics and healthz.
   struct Counts {

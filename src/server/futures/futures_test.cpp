@@ -376,6 +376,65 @@ TEST_F(FuturesTest, ForgetsAfterRetentionAndStillKnowsTheModels) {
               HasSubstr(std::to_string(sampled(Adapter::fresh(7).w, 5, 0))));
 }
 
+TEST_F(FuturesTest, TheWorkersCountersAreAskedFor) {
+  const auto refresh = [&] {
+    bool over = false;
+    boost::asio::co_spawn(rig_->io, rig_->dispatch->refresh_counters(std::chrono::seconds(30)),
+                          [&](const std::exception_ptr&) { over = true; });
+    return rig_->run([&] { return over; });
+  };
+  EXPECT_TRUE(refresh());  // not ready: nobody is asked
+  EXPECT_FALSE(rig_->dispatch->status(kBase).counters);
+  submit(create("s:m", 7));
+  text(submit(train("s:m", 1, {{1}, {2}, {3}})));
+  EXPECT_TRUE(refresh());
+  EXPECT_EQ(rig_->dispatch->status(kBase).counters.value().micro_batches, 2u);
+  rig_->kill_worker();
+  ASSERT_TRUE(rig_->run([&] { return rig_->dispatch->status(kBase).restarts == 1; }));
+  EXPECT_FALSE(rig_->dispatch->status(kBase).counters);
+}
+
+TEST_F(FuturesTest, AVersionThatIsDroppedIsReadAgain) {
+  ASSERT_TRUE(ready());
+  const auto dir = options_.dir / "v";
+  submit(create("s:m", 7));
+  text(submit(publish("s:m", 1, "v", dir)));
+  const std::string first = text(submit(sample("s", 1, "v", dir, 5, 1)));
+  std::filesystem::create_directories(dir);
+  rig_->futures->drop_version(kBase, "v");
+  rig_->futures->drop_version("/models/unknown", "v");
+  text(submit(step("s:m", 2, 1)));
+  std::ofstream(dir / "toy") << "1 2 3 4\n";
+  EXPECT_NE(text(submit(sample("s", 2, "v", dir, 5, 1))), first);
+}
+
+// Stopped, moved, started: what is unfinished runs with the files where they are now.
+TEST_F(FuturesTest, TheDataDirectoryMayMove) {
+  submit(create("s:m", 7));
+  submit(train("s:m", 1, {{1, 2}}));
+  text(submit(step("s:m", 2, 1)));
+  text(submit(save("s:m", 3, options_.dir / "staging" / "a")));
+  text(submit(load("s:m", 4, options_.dir / "staging" / "a")));
+  text(submit(publish("s:m", 5, "v", options_.dir / "versions" / "v")));
+  const std::string sampled = text(submit(sample("s", 1, "v", options_.dir / "versions" / "v", 5, 1)));
+  const auto parked = submit(save("s:m", 7, options_.dir / "staging" / "b"));
+  rig_.reset();
+  const auto from = options_.dir;
+  options_.dir += "_moved";
+  std::filesystem::remove_all(options_.dir);
+  std::filesystem::rename(from, options_.dir);
+  start();
+  Adapter wanted = Adapter::fresh(7);
+  wanted.backward(std::vector<std::int32_t>{1, 2});
+  wanted.step(1);
+  wanted.step(6);
+  EXPECT_THAT(text(submit(step("s:m", 6, 6))), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
+  EXPECT_THAT(text(parked), StartsWith("ok"));
+  EXPECT_TRUE(std::filesystem::exists(options_.dir / "staging" / "b" / "toy"));
+  EXPECT_EQ(text(submit(sample("s", 2, "v", options_.dir / "versions" / "v", 5, 1))), sampled);
+  EXPECT_FALSE(std::filesystem::exists(from));
+}
+
 TEST_F(FuturesTest, ASnapshotIsFoundInAMovedDataDirectory) {
   options_.dispatch.snapshot_after_requests = 3;
   start();

@@ -15,7 +15,7 @@ namespace ht::futures {
 
 class Inputs {
  public:
-  using Number = std::uint64_t;
+  using Number = worker_protocol::RequestId;
 
   // Finds what an earlier process kept in `dir`.
   Inputs(std::filesystem::path dir, store::Durability durability);

@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstddef>
+#include <filesystem>
 #include <memory>
 
 #include "server/dispatch/dispatch.h"
@@ -15,6 +16,7 @@
 namespace ht::futures {
 
 struct Options {
+  std::filesystem::path data_dir;                               // absolute: what the journal's paths are below
   std::chrono::milliseconds retention = std::chrono::hours(1);  // of a finished result
   std::size_t retention_bytes = std::size_t{2} << 30;           // of all finished results
   std::size_t memory_bytes = std::size_t{256}

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "server/futures/records.h"
+#include "server/futures/work_paths.h"
 #include "worker_protocol/codec.h"
 
 namespace ht::futures {
@@ -150,7 +151,11 @@ Submitted Ledger::submit(Submission submission) {
   check_number(submission);
   const Number number = next_number_;
   std::string work;
-  if (!submission.failure) work = wp::encode(wp::Request{number, submission.work});
+  if (!submission.failure) {
+    make_relative(submission.work, options_.data_dir);
+    work = wp::encode(wp::Request{number, submission.work});
+    make_absolute(submission.work, options_.data_dir);
+  }
   const std::size_t bytes = work.size();
   // A request that fits no lane is refused before it is written.
   item_of(number, submission, bytes);
@@ -295,6 +300,10 @@ void Ledger::close_session(const std::string& session_id, const std::vector<std:
     dispatch_.cancel_sample(number);
     finish(number, ended, dispatch::Effect::none);
   }
+}
+
+void Ledger::drop_version(const std::string& base_dir, const std::string& version) {
+  if (dispatch_.has_group(base_dir)) dispatch_.drop_version(base_dir, version);
 }
 
 void Ledger::submit_drop(const std::string& session_id, const std::string& model_id, const std::string& base_dir) {

@@ -33,11 +33,12 @@ class Ledger final : public JournalledFutures {
   void cancel(const std::string& request_id) override;
   void end_session(const std::string& session_id, const std::vector<std::string>& model_ids,
                    const std::string& reason) override;
+  void drop_version(const std::string& base_dir, const std::string& version) override;
   Counts counts() const override;
   void recover() override;
 
  private:
-  using Number = std::uint64_t;
+  using Number = worker_protocol::RequestId;
 
   struct Entry {
     Submission submission;       // its work only if work_bytes > 0

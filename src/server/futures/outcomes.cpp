@@ -9,6 +9,7 @@
 #include "base/logging.h"
 #include "server/futures/ledger.h"
 #include "server/futures/records.h"
+#include "server/futures/work_paths.h"
 #include "worker_protocol/codec.h"
 
 namespace ht::futures {
@@ -35,9 +36,11 @@ Failed failed_of(std::uint64_t number, const std::exception_ptr& thrown) {
 
 wp::RequestBody Ledger::body_of(Number number) {
   const Entry& entry = entries_.at(number);
-  wp::RequestBody body = entry.work_bytes > 0
-                             ? entry.submission.work
-                             : wp::decode_request(parse_record(journal_.read(entry.submitted)).submitted().work()).body;
+  wp::RequestBody body = entry.submission.work;
+  if (entry.work_bytes == 0) {
+    body = wp::decode_request(parse_record(journal_.read(entry.submitted)).submitted().work()).body;
+    make_absolute(body, options_.data_dir);
+  }
   inputs_.redirect(number, body);
   return body;
 }

@@ -59,6 +59,7 @@ Rig::Rig(RigOptions options) {
   group.worker_program = HT_TOY_WORKER;
   group.initialize.model_dir = options.model_dir;
   group.initialize.backend_config = options.backend_config;
+  options.futures.data_dir = options.dir;
   journal.emplace(store::JournalOptions{options.dir / "journal", options.segment_bytes, options.max_record_bytes});
   dispatch.emplace(io, options.dispatch, std::vector{group});
   futures = make_futures(io, *journal, *dispatch, options.futures);

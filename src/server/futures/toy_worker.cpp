@@ -94,6 +94,9 @@ class Worker {
           request.body);
       queues_[adapter].push_back({std::move(request), 0, {}});
       ++pending_;
+    } else if (const auto* drop = std::get_if<wp::DropVersion>(&request.body)) {
+      versions_.erase(drop->version);
+      done(lane, request.id, wp::Ack{});
     } else if (lane == wp::Lane::sampling) {
       samples_.push_back(std::move(request));
     } else {
@@ -125,6 +128,10 @@ class Worker {
       }
       if (kind != "end") return fail(lane, request.id, "incomplete snapshot " + restore->dir);
       done(lane, request.id, wp::Ack{});
+    } else if (std::holds_alternative<wp::Status>(request.body)) {
+      wp::StatusResult status;
+      status.micro_batches = micro_batches_;
+      done(lane, request.id, status);
     } else if (const auto* cancel = std::get_if<wp::Cancel>(&request.body)) {
       cancelled_.insert(cancel->target);
       done(lane, request.id, wp::Ack{});

@@ -119,6 +119,18 @@ void insert_sampler(store::Database& database, const Sampler& s) {
       {s.id, s.session_id, s.base_model, s.base_dir, s.model_path, s.version, s.version_dir});
 }
 
+void delete_session(store::Database& database, const std::string& id) {
+  database.execute("DELETE FROM sessions WHERE id = ?", {id});
+}
+
+void delete_model(store::Database& database, const std::string& id) {
+  database.execute("DELETE FROM models WHERE id = ?", {id});
+}
+
+void delete_sampler(store::Database& database, const std::string& id) {
+  database.execute("DELETE FROM samplers WHERE id = ?", {id});
+}
+
 void write_end(store::Database& database, const SessionRow& row) {
   database.execute(
       "UPDATE sessions SET state = ?, finish_reason = ?, finish_detail = ?, last_heartbeat_ms = ?"

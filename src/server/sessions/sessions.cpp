@@ -1,5 +1,6 @@
 #include "server/sessions/sessions.h"
 
+#include <algorithm>
 #include <array>
 #include <random>
 #include <unordered_map>
@@ -155,6 +156,17 @@ class StoredSessions : public Sessions {
     return found == sessions_.end() ? std::vector<std::string>() : found->second.samplers;
   }
 
+  bool version_in_use(const std::string& version) const override { return live_versions_.contains(version); }
+
+  void forget(std::chrono::seconds age, const std::function<bool(const std::string&)>& kept) override {
+    const auto horizon = Clock::now() - age;
+    for (auto it = sessions_.begin(); it != sessions_.end();) {
+      Entry& entry = (it++)->second;
+      if (entry.row.session.state == SessionState::active || entry.row.session.last_heartbeat > horizon) continue;
+      forget_session(entry, kept);
+    }
+  }
+
   void on_end(std::function<void(const Session&, const std::string& reason)> listener) override {
     listeners_.push_back(std::move(listener));
   }
@@ -173,7 +185,7 @@ class StoredSessions : public Sessions {
       spdlog::info("session {} expired: no heartbeat for {} s", entry->row.session.id, timeout.count());
       end(*entry, SessionState::expired, "expired", "");
     }
-    if (now - last_write_ >= std::chrono::seconds(60)) {
+    if (now - last_write_ >= std::chrono::seconds(60) || !unwritten_ends_.empty()) {
       last_write_ = now;
       write_times();
     }
@@ -211,7 +223,9 @@ class StoredSessions : public Sessions {
   }
   const Sampler& remember(Sampler sampler) {
     const std::string id = sampler.id;
-    sessions_.at(sampler.session_id).samplers.push_back(id);
+    Entry& session = sessions_.at(sampler.session_id);
+    session.samplers.push_back(id);
+    if (session.row.session.state == SessionState::active) count_version(sampler.version, 1);
     return samplers_[id] = std::move(sampler);
   }
 
@@ -221,6 +235,7 @@ class StoredSessions : public Sessions {
     session.state = state;
     session.finish_reason = reason;
     entry.row.finish_detail = detail;
+    count_versions(entry, -1);
     for (const auto& listener : listeners_) {
       try {
         listener(session, reason);
@@ -228,17 +243,55 @@ class StoredSessions : public Sessions {
         spdlog::error("ending session {}: {}", session.id, error.what());
       }
     }
-    write_end(database_, entry.row);
+    try {
+      write_end(database_, entry.row);
+    } catch (const std::exception& error) {
+      spdlog::error("the end of session {} is not written yet: {}", session.id, error.what());
+      unwritten_ends_.insert(session.id);
+    }
     unwritten_sessions_.erase(session.id);
   }
 
+  void count_versions(const Entry& entry, int by) {
+    for (const std::string& id : entry.samplers) count_version(samplers_.at(id).version, by);
+  }
+  void count_version(const std::string& version, int by) {
+    if (version.empty()) return;
+    if ((live_versions_[version] += by) == 0) live_versions_.erase(version);
+  }
+
+  void forget_session(Entry& entry, const std::function<bool(const std::string&)>& kept) {
+    const std::string id = entry.row.session.id;
+    std::vector<std::string> over, staying;
+    for (const std::string& model : entry.models) (kept(model) ? staying : over).push_back(model);
+    if (entry.samplers.empty() && over.empty() && !staying.empty()) return;
+    database_.transaction([&] {
+      for (const std::string& sampler : entry.samplers) delete_sampler(database_, sampler);
+      for (const std::string& model : over) delete_model(database_, model);
+      if (staying.empty()) delete_session(database_, id);
+    });
+    for (const std::string& sampler : std::exchange(entry.samplers, {})) samplers_.erase(sampler);
+    for (const std::string& model : over) {
+      std::erase(model_order_, &models_.at(model));
+      unwritten_models_.erase(model);
+      models_.erase(model);
+    }
+    entry.models = std::move(staying);
+    if (!entry.models.empty()) return;
+    std::erase(session_order_, &entry.row.session);
+    by_key_.erase(entry.row.idempotency_key);
+    sessions_.erase(id);
+  }
+
   void write_times() {
-    if (unwritten_sessions_.empty() && unwritten_models_.empty()) return;
+    if (unwritten_sessions_.empty() && unwritten_models_.empty() && unwritten_ends_.empty()) return;
     database_.transaction([&] {
       for (const std::string& id : unwritten_sessions_) write_heartbeat(database_, sessions_.at(id).row.session);
+      for (const std::string& id : unwritten_ends_) write_end(database_, sessions_.at(id).row);
       for (const std::string& id : unwritten_models_) write_last_request(database_, models_.at(id));
     });
     unwritten_sessions_.clear();
+    unwritten_ends_.clear();
     unwritten_models_.clear();
   }
 
@@ -251,6 +304,8 @@ class StoredSessions : public Sessions {
   std::vector<const Model*> model_order_;
   std::unordered_set<std::string> unwritten_sessions_;  // whose last heartbeat is newer than its row
   std::unordered_set<std::string> unwritten_models_;
+  std::unordered_set<std::string> unwritten_ends_;
+  std::unordered_map<std::string, int> live_versions_;  // → samplers of active sessions
   std::vector<std::function<void(const Session&, const std::string&)>> listeners_;
   Steady::time_point last_sweep_;
   Steady::time_point last_write_ = Steady::now();

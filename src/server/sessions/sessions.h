@@ -56,7 +56,7 @@ struct Sampler {
   std::string base_dir;
   std::string model_path;   // tinker:// path it was made from; empty for the base model and for ephemeral ones
   std::string version;      // name of the adapter version in the worker; empty: the base model
-  std::string version_dir;  // its files
+  std::string version_dir;  // its files: their path below the data directory
 };
 
 class Sessions {
@@ -71,7 +71,7 @@ class Sessions {
   // False: the session is over (410).
   virtual bool heartbeat(const std::string& id) = 0;
   // First call wins. Ends the session: `on_end` listeners are called, then the end is written, so that a crash between
-  // repeats it. Error(user) for an unknown id.
+  // repeats it; if it cannot be written (disk full), expire() tries again. Error(user) for an unknown id.
   virtual void finish(const std::string& id, const std::string& reason, const std::string& detail) = 0;
   virtual std::vector<Session> list_sessions(std::size_t limit, std::size_t offset) const = 0;
 
@@ -87,6 +87,8 @@ class Sessions {
   virtual Sampler create_sampler(Sampler sampler) = 0;
   virtual std::optional<Sampler> find_sampler(const std::string& id) const = 0;
   virtual std::vector<std::string> samplers_of(const std::string& session_id) const = 0;
+  // By a sampler of a session that goes on.
+  virtual bool version_in_use(const std::string& version) const = 0;
 
   virtual void on_end(std::function<void(const Session&, const std::string& reason)> listener) = 0;
   // Ends sessions without a heartbeat for `timeout`. Time that the server was down does not count, nor does a gap of
@@ -94,6 +96,9 @@ class Sessions {
   // writes the last heartbeats and requests to the database.
   static constexpr std::chrono::seconds kLongestGap{60};
   virtual void expire(std::chrono::seconds timeout) = 0;
+  // Sessions that are over and were last heard of more than `age` ago lose their samplers and the models that are not
+  // `kept` (a run whose checkpoints are there), and go when no model is left.
+  virtual void forget(std::chrono::seconds age, const std::function<bool(const std::string& model)>& kept) = 0;
 };
 
 // Reads what the database holds. `database` outlives the result.

@@ -208,5 +208,60 @@ TEST_F(SessionsTest, SamplersAreTheFirstOfTheirId) {
   EXPECT_THROW(sessions->create_sampler({.id = "x:sample:1", .session_id = "x"}), Error);
 }
 
+TEST_F(SessionsTest, WhatIsLongOverIsForgotten) {
+  const std::string over = create(), with_checkpoint = create(), active = create();
+  for (const std::string& id : {over, with_checkpoint, active}) {
+    sessions->create_model({.session_id = id, .model_seq_id = 0});
+    sessions->create_model({.session_id = id, .model_seq_id = 1});
+    sessions->create_sampler({.id = id + ":sample:0", .session_id = id});
+  }
+  sessions->finish(over, "success", "");
+  sessions->finish(with_checkpoint, "success", "");
+  const auto kept = [&](const std::string& model) { return model == with_checkpoint + ":train:1"; };
+  sessions->forget(std::chrono::hours(1), kept);
+  EXPECT_TRUE(sessions->find_session(over));
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  sessions->forget(std::chrono::seconds(0), kept);
+  for (int round = 0; round < 2; ++round) {
+    EXPECT_FALSE(sessions->find_session(over));
+    EXPECT_FALSE(sessions->find_model(over + ":train:0"));
+    EXPECT_TRUE(sessions->find_session(with_checkpoint));
+    EXPECT_THAT(sessions->models_of(with_checkpoint), ElementsAre(with_checkpoint + ":train:1"));
+    EXPECT_FALSE(sessions->find_sampler(with_checkpoint + ":sample:0"));
+    EXPECT_TRUE(sessions->find_sampler(active + ":sample:0"));
+    std::size_t total = 0;
+    EXPECT_EQ(sessions->list_models(10, 0, &total).size(), 3u);
+    EXPECT_EQ(total, 3u);
+    EXPECT_EQ(sessions->list_sessions(10, 0).size(), 2u);
+    restart();
+  }
+}
+
+TEST_F(SessionsTest, AVersionIsInUseAsLongAsASessionOfItsSamplersGoesOn) {
+  const std::string a = create(), b = create();
+  sessions->create_sampler({.id = a + ":sample:0", .session_id = a, .version = "v"});
+  sessions->create_sampler({.id = b + ":sample:0", .session_id = b, .version = "v"});
+  bool at_end = true;
+  sessions->on_end([&](const Session&, const std::string&) { at_end = sessions->version_in_use("v"); });
+  sessions->finish(a, "success", "");
+  EXPECT_TRUE(at_end);
+  sessions->finish(b, "success", "");
+  EXPECT_FALSE(at_end);
+  restart();
+  EXPECT_FALSE(sessions->version_in_use("v"));
+}
+
+TEST_F(SessionsTest, AnEndThatCouldNotBeWrittenIsWrittenLater) {
+  const std::string id = create();
+  database->execute("ALTER TABLE sessions RENAME TO hidden");
+  sessions->finish(id, "success", "");
+  EXPECT_THAT(refusal(id), HasSubstr("over"));
+  EXPECT_THROW(sessions->expire(std::chrono::hours(1)), Error);
+  database->execute("ALTER TABLE hidden RENAME TO sessions");
+  sessions->expire(std::chrono::hours(1));
+  restart();
+  EXPECT_THAT(refusal(id), HasSubstr("finished (success)"));
+}
+
 }  // namespace
 }  // namespace ht::sessions

@@ -123,7 +123,7 @@ Outcome published(Context& context, const Submission& submission) {
   sampler.base_model = model.base_model;
   sampler.base_dir = model.base_dir;
   sampler.version = work.version;
-  sampler.version_dir = work.dir;
+  sampler.version_dir = context.checkpoints.relative(work.dir);
   const sessions::Sampler registered = context.sessions.create_sampler(std::move(sampler));
   if (registered.version != work.version) {
     throw user_error("sampling session \"" + work.version + "\" exists already");

@@ -28,7 +28,7 @@ http::Response create_sampling_session(Context& context, const http::Request& re
     sampler.model_path = checkpoint.path.str();
     // A path can be saved again after a delete: the version names the save.
     sampler.version = checkpoint.path.str() + "#" + checkpoint.request_id;
-    sampler.version_dir = checkpoint.dir.string();
+    sampler.version_dir = context.checkpoints.relative(checkpoint.dir);
   } else {
     sampler.base_model = fields.optional_text("base_model").value_or("");
     if (sampler.base_model.empty()) throw user_error("base_model or model_path is required");
@@ -56,8 +56,9 @@ struct Request {
 };
 
 awaitable<http::Response> asample(Context& context, const http::Request& request) {
-  const Request parsed = co_await offload(
-      context, request.body.size(), [&] { return Request{parse_object(request.body), digest(request.body)}; });
+  const Request parsed = co_await offload(context, request.body.size(), [&] {
+    return Request{parse_object(request.body), digest(request.body)};
+  });
   const Fields fields(parsed.body);
   const std::string sampler_id = fields.text("sampling_session_id");
   const std::int64_t seq_id = fields.integer("seq_id");
@@ -66,10 +67,10 @@ awaitable<http::Response> asample(Context& context, const http::Request& request
   active_session(context, sampler.session_id);
   const ServedModel& served = served_dir(context, sampler.base_dir, sampler.base_model);
   const std::uint64_t seed = draw_seed();
-  DecodedSample decoded = co_await offload(context, request.body.size(), [&] {
-    return decode_sample(parsed.body, served, context.limits, seed);
-  });
+  DecodedSample decoded = co_await offload(context, request.body.size(),
+                                           [&] { return decode_sample(parsed.body, served, context.limits, seed); });
   active_session(context, sampler.session_id);
+  decoded.work.owner = sampler.session_id;
   decoded.work.version = sampler.version;
   decoded.work.version_dir = sampler.version_dir;
   const int num_samples = decoded.work.num_samples;
@@ -89,8 +90,7 @@ awaitable<http::Response> asample(Context& context, const http::Request& request
   json::array ids;
   const std::string prefix = sampler.id + ":" + std::to_string(seq_id) + ":";
   for (int i = 0; i < num_samples; ++i) ids.emplace_back(prefix + std::to_string(i));
-  co_return json_response(
-      json::object{{"request_id", submitted.request_id}, {"sample_sequence_ids", std::move(ids)}});
+  co_return json_response(json::object{{"request_id", submitted.request_id}, {"sample_sequence_ids", std::move(ids)}});
 }
 
 }  // namespace

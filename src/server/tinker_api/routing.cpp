@@ -120,6 +120,14 @@ void register_routes(http::Router& router, Context& context) {
   add_absent_routes(router, context);
   context.sessions.on_end([&context](const sessions::Session& session, const std::string& reason) {
     context.futures.end_session(session.id, context.sessions.models_of(session.id), reason);
+    for (const std::string& id : context.sessions.samplers_of(session.id)) {
+      const auto sampler = context.sessions.find_sampler(id);
+      // What a session published goes with its models.
+      if (!sampler || sampler->version.empty() || sampler->model_path.empty()) continue;
+      if (!context.sessions.version_in_use(sampler->version)) {
+        context.futures.drop_version(sampler->base_dir, sampler->version);
+      }
+    }
     sweep_versions(context);
   });
 }
