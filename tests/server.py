@@ -94,7 +94,8 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "hosted-tinker-worker" in " ".join(child.cmdline()[:1])]
+        names = ("hosted-tinker-worker", "hosted_tinker.pytorch_worker")
+        return [child for child in children if any(name in " ".join(child.cmdline()[:3]) for name in names)]
 
     def kill_worker(self) -> None:
         workers = self.workers()
