@@ -26,7 +26,8 @@ def _place(temporary: Path, path: Path) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> int:
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary, metadata)
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, temporary, metadata)
     _place(temporary, path)
     return path.stat().st_size
 
@@ -50,12 +51,21 @@ def _tensors(layout: Layout, flat: torch.Tensor, suffix: str = "") -> dict[str, 
     }
 
 
-def _leaf(site: Site) -> str:
-    return site.module.rpartition(".")[2]
+def _targets(sites: list[Site]) -> dict[Site, str]:
+    """The name of each site in target_modules: the last part of its path, or two where another group has the same
+    (GPT-2's attn.c_proj and mlp.c_proj)."""
+    groups: dict[str, set[str]] = {}
+    for site in sites:
+        groups.setdefault(site.module.rpartition(".")[2], set()).add(site.group)
+    return {
+        site: ".".join(site.module.split(".")[-1 if len(groups[site.module.rpartition(".")[2]]) == 1 else -2 :])
+        for site in sites
+    }
 
 
 def save_weights(layout: Layout, weights: torch.Tensor, base_model: str, directory: Path) -> int:
     """adapter_model.safetensors and adapter_config.json, which PEFT reads too; returns their bytes."""
+    targets = _targets(layout.all_sites)
     size = _write_tensors(directory / WEIGHTS, _tensors(layout, weights), {"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -63,7 +73,7 @@ def save_weights(layout: Layout, weights: torch.Tensor, base_model: str, directo
         "base_model_name_or_path": base_model,
         "r": layout.config.rank,
         "lora_alpha": ALPHA,
-        "target_modules": list(dict.fromkeys(_leaf(site) for site in layout.sites)),
+        "target_modules": list(dict.fromkeys(targets[site] for site in layout.sites)),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -93,14 +103,15 @@ def read_config(directory: Path, sites: list[Site]) -> LoraConfig:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = config["r"], config["lora_alpha"]
-        names = {str(name).rpartition(".")[2] for name in config["target_modules"]}
+        names = tuple(f".{name}" for name in config["target_modules"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no adapter's configuration: {error}") from error
     if alpha != ALPHA:
         raise UserError(f"{path}: lora_alpha is {alpha}, only {ALPHA} is supported")
     if not isinstance(rank, int) or not 1 <= rank <= 256:
         raise UserError(f"{path}: r is {rank}, allowed are 1 to 256")
-    groups = {site.group for site in sites if _leaf(site) in names}
+    targets = _targets(sites)
+    groups = {site.group for site in sites if any(name.endswith(f".{targets[site]}") for name in names)}
     return LoraConfig(rank, 0, ATTN in groups, MLP in groups, UNEMBED in groups)
 
 

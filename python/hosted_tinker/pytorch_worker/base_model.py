@@ -22,7 +22,8 @@ def _check_gpus(config: BackendConfig) -> None:
 
 
 def _without_dropout(config) -> None:
-    """Training is a function of its input: replays give the same bits, forward and forward_backward the same logprobs."""
+    """Training is a function of its input: replays give the same bits, forward and forward_backward the same
+    logprobs."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
             if ("drop" in key) and isinstance(value, float):
@@ -106,7 +107,8 @@ class BaseModel:
         return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
 
     def cached_logits(self, tokens: torch.Tensor, cache, all_rows: bool):
-        """tokens (batch, n) behind what `cache` holds (None: nothing) → logits float32 (batch, n or 1, vocab), cache."""
+        """tokens (batch, n) behind what `cache` holds (None: nothing) → logits float32 (batch, n or 1, vocab), and the
+        cache with them."""
         keep = {} if all_rows or not self._keeps_logits else {"logits_to_keep": 1}
         out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **keep)
         logits = out.logits if all_rows else out.logits[:, -1:]

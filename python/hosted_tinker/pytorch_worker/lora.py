@@ -42,7 +42,8 @@ class Layout:
         if not 1 <= config.rank <= 256 or config.rank & (config.rank - 1):
             raise UserError(f"LoRA rank {config.rank}: allowed are the powers of two from 1 to 256")
         self.config = config
-        self.sites = [site for site in sites if config.trains(site.group)]
+        self.all_sites = sites
+        self.sites = [site for site in sites if config.trains(site.group)]  # that this adapter has
         self.offsets, offset = [], 0
         for site in self.sites:
             middle = offset + config.rank * site.in_features

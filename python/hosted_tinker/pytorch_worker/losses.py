@@ -9,8 +9,8 @@ CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO, STABLE_REINFORCE = ra
 
 
 def token_loss(kind: int, config, lp: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The sum over `lp` (float64, one a target) for the protocol's LossConfig. `inputs` as in TrainBatch; absent ones are
-    not given. A target with weight (or advantage) 0 contributes exactly 0 whatever its logprob."""
+    """The sum over `lp` (float64, one a target) for the protocol's LossConfig. `inputs` as in TrainBatch; absent ones
+    are not given. A target with weight (or advantage) 0 contributes exactly 0 whatever its logprob."""
     if kind == CROSS_ENTROPY:
         weights = inputs.get("weights")
         if weights is None:

@@ -38,8 +38,9 @@ def plan_text(model, config: BackendConfig, adapters: int, versions: int) -> str
     lines = [
         f"{type(model.model).__name__}, {model.dtype}: base weights {weights // mib} MiB",
         f"LoRA sites: {sites}",
-        f"adapters in training: at most {adapters // mib} MiB; one adapter a micro-batch of {config.micro_batch_tokens} tokens",
-        f"sampler versions in memory: {versions // mib} MiB; {config.max_sampling_sequences} samples of a request at once",
+        f"adapters in training: at most {adapters // mib} MiB",
+        f"micro-batches: {config.micro_batch_tokens} tokens of one request",
+        f"sampler versions in memory: {versions // mib} MiB",
     ]
     if model.experts:
         lines.append(f"no LoRA on {len(model.experts)} tensors of fused experts: choose train_mlp=False")

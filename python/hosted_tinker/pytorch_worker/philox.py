@@ -10,7 +10,7 @@ _32 = np.uint64(32)
 
 
 def philox4x32(counter, key: int) -> list[np.ndarray]:
-    """Philox4x32-10 (Salmon et al. 2011). `counter`: four uint64 arrays (or numbers) of 32-bit words; so is the result."""
+    """Philox4x32-10 (Salmon et al. 2011). `counter`: four arrays (or numbers) of 32-bit words; so is the result."""
     c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(10):

@@ -82,7 +82,8 @@ def framed(reply) -> bytes:
 
 
 class Lane:
-    """One stream: a thread reads requests into `on_request`, another writes replies. `on_end(error or None)` comes once."""
+    """One stream: a thread reads requests into `on_request`, another writes replies. `on_end(error or None)` comes
+    once."""
 
     def __init__(self, fd: int, on_request, on_end):
         self._socket = socket.socket(fileno=fd)

@@ -96,7 +96,8 @@ class Generation:
         self._prompt_logprobs = np.full(length if request.prompt_logprobs else 0, np.nan, np.float32)
         self._topk = (np.zeros((length, k), np.int32), np.full((length, k), UNDEFINED_LOGPROB, np.float32))
         self._target_logprobs = np.zeros((last_row, width), np.float32)
-        self._alternatives = (np.zeros((last_row, alternatives), np.int32), np.zeros((last_row, alternatives), np.float32))
+        shape = (last_row, alternatives)
+        self._alternatives = (np.zeros(shape, np.int32), np.zeros(shape, np.float32))
 
     def _score(self, logits: np.ndarray) -> None:
         """logits (rows, vocab) of the rows before the prompt's last; row p scores the token at p + 1."""

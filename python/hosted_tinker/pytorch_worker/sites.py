@@ -1,8 +1,9 @@
 """Where a model carries LoRA: the site table of src/model_spec/lora_sites.h for any architecture of transformers.
 
-A site is a linear, or rows of a fused one: y[begin:end] += (alpha / r) B A x. Its name is the module's path in the model;
-a slice of a fused module has the plain name in its place (`…self_attn.q_proj` for the first rows of `…self_attn.qkv_proj`),
-and the output embedding is `model.unembed_tokens`, so that families of the native engine have the native names.
+A site is a linear, or rows of a fused one: y[begin:end] += (alpha / r) B A x. Its name is the module's path in the
+model; a slice of a fused module has the plain name in its place (`…self_attn.q_proj` for the first rows of
+`…self_attn.qkv_proj`), and the output embedding is `model.unembed_tokens`, so that families of the native engine have
+the native names.
 """
 
 import dataclasses
@@ -17,8 +18,10 @@ UNEMBED_NAME = "model.unembed_tokens"
 _LAYER = re.compile(r"\.(\d+)\.")
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|linear_attn", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_forward|fc\d?|expert|moe|dense_|block_sparse", re.IGNORECASE)
-# No LoRA: routers, gates of shared experts, and the small projections of recurrent layers (native: as the reference service).
-_NEVER = re.compile(r"(^|\.)(router|gate|shared_expert_gate|in_proj_a|in_proj_b|in_proj_ba|vision\w*|visual|audio\w*)(\.|$)")
+# No LoRA: routers, gates of shared experts, the small projections of recurrent layers, and towers that see no text.
+_NEVER = re.compile(
+    r"(^|\.)(router|gate|shared_expert_gate|in_proj_a|in_proj_b|in_proj_ba|vision\w*|visual|audio\w*)(\.|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ UNDEFINED_LOGPROB = -99999.0
 
 class TokenDistribution:
     """softmax(logits / temperature), restricted to the top_k tokens and then to the smallest set of the most probable
-    ones whose share of what is left reaches top_p, as transformers' TopKLogitsWarper and TopPLogitsWarper in this order;
-    ties go to the lower token. Temperature 0 is greedy. top_k <= 0 and top_p >= 1 are off."""
+    ones whose share of what is left reaches top_p, as transformers' TopKLogitsWarper and TopPLogitsWarper in this
+    order; ties go to the lower token. Temperature 0 is greedy. top_k <= 0 and top_p >= 1 are off."""
 
     def __init__(self, logits: np.ndarray, temperature: float, top_k: int = -1, top_p: float = 1.0):
         """`logits`: float32 (vocab)."""
@@ -50,12 +50,14 @@ class TokenDistribution:
         return index if self._kept is None else int(self._kept[index])
 
     def logprob(self, token) -> np.ndarray:
-        """log-softmax of logits / temperature (temperature 0: of the logits), before top_k and top_p; of one token or many."""
+        """log-softmax of logits / temperature (temperature 0: of the logits), before top_k and top_p; of one token or
+        many."""
         centred = self._logits[token].astype(np.float64) - np.float64(self._max)
         return (centred * self._inverse - np.log(self._total)).astype(np.float32)
 
     def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k most probable tokens, best first, with logprob(): (k,) each. Cells beyond the vocabulary are undefined."""
+        """The k most probable tokens, best first, with logprob(): (k,) each. Cells beyond the vocabulary are
+        undefined."""
         tokens, logprobs = np.zeros(k, np.int32), np.full(k, UNDEFINED_LOGPROB, np.float32)
         best = self._best(k)
         tokens[: len(best)], logprobs[: len(best)] = best, self.logprob(best)

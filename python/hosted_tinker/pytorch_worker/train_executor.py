@@ -17,7 +17,8 @@ from hosted_tinker.pytorch_worker.versions import Versions
 
 @dataclasses.dataclass
 class _Running:
-    """A forward or forward_backward on its way. Its gradient joins the adapter's at the end: a failure changes nothing."""
+    """A forward or forward_backward on its way. Its gradient joins the adapter's at the end: a failure changes
+    nothing."""
 
     request: object
     batch: trainer.Batch
@@ -28,8 +29,9 @@ class _Running:
 
 
 class TrainExecutor:
-    def __init__(self, model: BaseModel, versions: Versions, config: BackendConfig, max_seq_len: int, adapter_bytes: int,
-                 send):
+    def __init__(
+        self, model: BaseModel, versions: Versions, config: BackendConfig, max_seq_len: int, adapter_bytes: int, send
+    ):
         self._model, self._versions, self._send = model, versions, send
         self._max_seq_len = max_seq_len
         self._queue = TrainQueue(config.micro_batch_tokens, one_by_one=not model.pads)
@@ -108,7 +110,7 @@ class TrainExecutor:
                 continue
             try:
                 self._run_datums(part.item, range(part.begin, part.end))
-            except Exception as error:  # out of memory and whatever a model throws: the request's failure, not the worker's
+            except Exception as error:  # out of memory, whatever a model throws: the request's failure alone
                 failures[part.item.id] = (part.item, error)
         self.micro_batches += 1
         self._send(reply)
