@@ -312,13 +312,21 @@ def test_the_workers_death_costs_time_alone(tmp_path, directories, connect):
                 kill()
         return seen, sample_tokens(sampler, random_tokens(1, 5), seed=1)
 
-    options = ("--backend-config", '{"micro_batch_tokens": 20}', "--snapshot-seconds", "0.01")
+    config = '{"micro_batch_tokens": 20, "gradient_checkpointing": true}'
+    options = ("--backend-config", config, "--snapshot-seconds", "0.01")
     server = Server({"gpt2": directories["gpt2"]}, tmp_path / "data", *PYTORCH, *options).start(START)
     try:
         service = connect(server)
         undisturbed = run(service)
         assert run(service, server.kill_worker) == undisturbed
         assert list((server.data_dir / "snapshots").glob("*/*-*/manifest.json"))
+
+        # Gradient checkpointing leaves the sampler its cache.
+        sampler, prompt = service.create_sampling_client(base_model="gpt2").result(), random_tokens(2, 8)
+        (made,) = sample_tokens(sampler, prompt, temperature=0.0, stop=[])
+        base = load(directories["gpt2"])
+        expected = base.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert made == expected[0, 8:].tolist()
     finally:
         server.stop()
 

@@ -68,7 +68,7 @@ class BaseModel:
             if not self.model.supports_gradient_checkpointing:
                 raise UserError(f"backend config: {type(self.model).__name__} has no gradient checkpointing")
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()  # what checkpointing depends on; there is no dropout
+        self._checkpointing = config.gradient_checkpointing
 
         self.name = str(Path(directory))
         self.dtype = dtype
@@ -104,12 +104,20 @@ class BaseModel:
 
     def train_logits(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """tokens (batch, length) with a mask of the real ones (None: all) → (batch, length, vocab)."""
+        self._set_training(self._checkpointing)
         return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+    def _set_training(self, training: bool) -> None:
+        """transformers checkpoints in training mode alone, and then keeps no cache; dropout there is none."""
+        if self.model.training != training:
+            self.model.train(training)
 
     def cached_logits(self, tokens: torch.Tensor, cache, all_rows: bool):
         """tokens (batch, n) behind what `cache` holds (None: nothing) → logits float32 (batch, n or 1, vocab), and the
-        cache with them."""
+        cache with them; None from a model that has no such cache."""
+        self._set_training(False)
         keep = {} if all_rows or not self._keeps_logits else {"logits_to_keep": 1}
-        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **keep)
+        behind = {} if cache is None else {"past_key_values": cache}
+        out = self.model(input_ids=tokens, use_cache=True, **behind, **keep)
         logits = out.logits if all_rows else out.logits[:, -1:]
-        return logits.float(), out.past_key_values
+        return logits.float(), getattr(out, "past_key_values", None)

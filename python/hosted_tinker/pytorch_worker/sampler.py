@@ -146,17 +146,21 @@ class Generation:
         if scores:
             self._score(logits[0])
         self._scored = True
-        width = self._width if hasattr(cache, "batch_repeat_interleave") else 1
+        width = self._width if cache is None or hasattr(cache, "batch_repeat_interleave") else 1
         self._live = list(range(self._next, min(self._next + width, len(self._sequences))))
         self._next += len(self._live)
-        if len(self._live) > 1:
+        if cache is not None and len(self._live) > 1:
             cache.batch_repeat_interleave(len(self._live))
         self._cache = cache
         self._draw(np.broadcast_to(logits[:, -1], (len(self._live), logits.shape[-1])))
 
     def _decode(self) -> None:
-        last = torch.tensor([[self._sequences[sample].tokens[-1]] for sample in self._live])
-        logits, self._cache = self._logits(last, self._cache, False)
+        made = [self._sequences[sample].tokens for sample in self._live]
+        if self._cache is None:  # a model without one: whole sequences, all of one length
+            inputs = torch.tensor([[*self.prompt.tolist(), *tokens] for tokens in made])
+        else:
+            inputs = torch.tensor([tokens[-1:] for tokens in made])
+        logits, self._cache = self._logits(inputs, self._cache, False)
         self._draw(logits[:, -1])
 
     def _logits(self, tokens: torch.Tensor, cache, all_rows: bool):
@@ -184,7 +188,7 @@ class Generation:
                 kept.append(row)
         if not kept:
             self._cache = None
-        elif len(kept) < len(self._live):
+        elif self._cache is not None and len(kept) < len(self._live):
             self._cache.batch_select_indices(torch.tensor(kept, device=self._model.device))
         self._live = [self._live[row] for row in kept]
 
