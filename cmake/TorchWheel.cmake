@@ -10,4 +10,6 @@ target_include_directories(torch_wheel SYSTEM INTERFACE ${HT_TORCH_DIR}/include)
 target_link_directories(torch_wheel INTERFACE ${HT_TORCH_DIR}/lib)
 target_link_libraries(torch_wheel INTERFACE torch_cpu c10)
 # Tests and tools of the build tree find the wheel by rpath; the installed worker gets LD_LIBRARY_PATH from the launcher.
-target_link_options(torch_wheel INTERFACE -Wl,-rpath,${HT_TORCH_DIR}/lib)
+if(NOT SKBUILD)
+  target_link_options(torch_wheel INTERFACE -Wl,-rpath,${HT_TORCH_DIR}/lib)
+endif()
