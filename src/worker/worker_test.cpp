@@ -44,9 +44,7 @@ class WorkerProcess {
       fds_[lane] = pairs[lane][0];
     }
   }
-  ~WorkerProcess() {
-    kill();
-  }
+  ~WorkerProcess() { kill(); }
   void kill() {
     if (pid_ > 0) {
       ::kill(pid_, SIGKILL);
@@ -146,8 +144,12 @@ wp::ForwardBackward batch(const std::string& adapter, int datums, int length, in
   }
   return request;
 }
-wp::OptimStep optim(const std::string& adapter) { return {adapter, {.learning_rate = 1e-2}}; }
-wp::CreateAdapter create(const std::string& adapter, int rank = 8) { return {adapter, {.rank = rank, .seed = 3}, "", false}; }
+wp::OptimStep optim(const std::string& adapter) {
+  return {adapter, {.learning_rate = 1e-2}};
+}
+wp::CreateAdapter create(const std::string& adapter, int rank = 8) {
+  return {adapter, {.rank = rank, .seed = 3}, "", false};
+}
 wp::Sample sample(int max_tokens, int num_samples = 1) {
   wp::Sample request;
   request.prompt = {1, 2, 3, 4, 5};
@@ -217,10 +219,24 @@ TEST_F(WorkerTest, TrainsPublishesAndSamples) {
   check.batch.weights.assign(all.size() - 1, 1.0f);
   const auto trained = worker.done<wp::TrainResult>(worker.send(check));
   for (std::size_t i = 0; i + 1 < all.size(); ++i) {
-    const float sampled =
-        i + 1 < request.prompt.size() ? result.prompt_logprobs[i + 1] : result.sequences[0].logprobs[i + 1 - request.prompt.size()];
+    const float sampled = i + 1 < request.prompt.size() ? result.prompt_logprobs[i + 1]
+                                                        : result.sequences[0].logprobs[i + 1 - request.prompt.size()];
     EXPECT_NEAR(trained.logprobs[i], sampled, 1e-5) << i;
   }
+
+  // The counters are those after a slice: an answer may come before them.
+  wp::StatusResult status;
+  while (status.trained_tokens < 6u * 20u + all.size() - 1) {
+    status = worker.done<wp::StatusResult>(worker.send(wp::Status{}));
+  }
+  EXPECT_EQ(status.trained_tokens, 6u * 20u + all.size() - 1);
+  EXPECT_GE(status.sampled_tokens, 5u + 3u * 8u);
+  EXPECT_GE(status.peak_rss_bytes, status.rss_bytes);
+  EXPECT_GT(status.rss_bytes, std::uint64_t{1} << 20);
+  EXPECT_GT(status.adapter_bytes, 0u);
+  EXPECT_GE(status.adapter_bytes_limit, status.adapter_bytes);
+  EXPECT_GT(status.version_bytes, 0u);
+  EXPECT_THAT(info.memory_plan, testing::HasSubstr("tenants of rank 32 at length 128"));
 
   // A version that is not in memory comes from its directory, and gives the same tokens.
   wp::Sample from_disk = request;
@@ -310,7 +326,8 @@ TEST_F(WorkerTest, StopsOnTokensAndOnStringsAcrossTokens) {
   request.params.stop_tokens = {free[4]};
   const auto at = static_cast<std::size_t>(std::find(free.begin(), free.end(), free[4]) - free.begin());
   auto stopped = worker.done<wp::SampleResult>(worker.send(request)).sequences[0];
-  EXPECT_EQ(stopped.tokens, std::vector<std::int32_t>(free.begin(), free.begin() + static_cast<std::ptrdiff_t>(at) + 1));
+  EXPECT_EQ(stopped.tokens,
+            std::vector<std::int32_t>(free.begin(), free.begin() + static_cast<std::ptrdiff_t>(at) + 1));
   EXPECT_EQ(stopped.stop_reason, wp::StopReason::stop);
 
   request.params.stop_tokens.clear();
@@ -359,6 +376,18 @@ TEST_F(WorkerTest, ASampleAndACancelDoNotWaitForALongMicroBatch) {
   EXPECT_EQ(worker.micro_batches.size(), 1u);
   const auto status = worker.done<wp::StatusResult>(worker.send(wp::Status{}));
   EXPECT_EQ(status.cache_blocks_free, status.cache_blocks_total);
+}
+
+TEST_F(WorkerTest, AnAdapterBeyondTheBudgetIsRefused) {
+  WorkerProcess worker;
+  worker.initialize(model.path(), R"({"adapter_bytes": 500000})");
+  worker.done<wp::Ack>(worker.send(create("a", 32)));
+  const auto refused = worker.failure(worker.send(create("b", 32)));
+  EXPECT_EQ(refused.category, ErrorCategory::user);
+  EXPECT_THAT(refused.message, testing::AllOf(testing::HasSubstr("rank 32"), testing::HasSubstr("bytes")));
+  worker.done<wp::Ack>(worker.send(create("c", 1)));
+  worker.done<wp::Ack>(worker.send(wp::DropAdapter{"a"}));
+  worker.done<wp::Ack>(worker.send(create("b", 32)));
 }
 
 TEST_F(WorkerTest, ErrorsStayWithTheirRequest) {

@@ -6,8 +6,8 @@
 // Rules
 //  - A request's id is chosen by the server, is unique for the life of a data directory and ends in exactly one Done or
 //    Failure. MicroBatchExecuted and Progress may come before.
-//  - Training requests of one adapter run in the order sent. Requests of different adapters may be merged into one
-//    micro-batch. Samples run in any order. Cancel, Status and Shutdown are answered at once.
+//  - Training requests of one adapter run in the order sent (SaveAdapter may be answered after later ones); those of
+//    several may share a micro-batch. Samples run in any order. Cancel, Status and Shutdown are answered at once.
 //  - A worker exits when its control stream closes.
 
 #include <cstdint>
@@ -93,7 +93,7 @@ struct OptimStep {
 };
 
 // Writes the adapter (adapter_config.json, adapter_model.safetensors; with optimizer.safetensors when asked) into
-// `dir`, which the server has made. Done means the files are complete; the server syncs and renames.
+// `dir`, which the server has made, as it is at its turn. Done means the files are complete; the server renames.
 struct SaveAdapter {
   std::string adapter;
   std::string dir;
@@ -210,9 +210,9 @@ struct Cancel {
 };
 
 // One cut through all adapters between two micro-batches, with no request partly executed: weights, moments, pending
-// gradients, steps, names of live versions, written into `dir`. Answered at the first such moment. Until then requests
-// of several micro-batches are held back, but only for a bounded number of micro-batches at a time, then they run for
-// as many; ops and requests that fit into one micro-batch are never held back (TrainQueue::set_draining).
+// gradients, steps, names of live versions. Taken at the first such moment, answered when it is written into `dir`.
+// Until then requests of several micro-batches are held back, but only for a bounded number of micro-batches at a time,
+// then they run for as many; what fits into one micro-batch is never held back (TrainQueue::set_draining).
 struct Snapshot {
   std::string dir;
 
