@@ -9,10 +9,13 @@ add_compile_options(-Wall -Wextra -Wno-missing-field-initializers)
 
 find_program(HT_CCACHE ccache)
 if(HT_CCACHE)
-  # Sloppiness: a precompiled header is otherwise never served from the cache.
+  # Sloppiness: a precompiled header is otherwise never served from the cache. The folder of a clone and the name of its
+  # build folder (build/<name>) are in no object, so that all share the cache: debuggers are told build/release, from the
+  # root of the clone.
+  add_compile_options(-ffile-prefix-map=${CMAKE_SOURCE_DIR}=. -ffile-prefix-map=${CMAKE_BINARY_DIR}=./build/release)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env
       CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime
-      CCACHE_BASEDIR=${CMAKE_SOURCE_DIR} ${HT_CCACHE})
+      CCACHE_BASEDIR=${CMAKE_SOURCE_DIR} CCACHE_NOHASHDIR=true ${HT_CCACHE})
 endif()
 
 find_program(HT_MOLD mold)
