@@ -263,8 +263,8 @@ class Worker {
     std::this_thread::sleep_for(std::chrono::microseconds(delay_us_));
     std::uint64_t composition = 0;
     for (const auto& slice : batch.slices) {
-      composition =
-          mix(mix(composition, slice.request), static_cast<std::uint64_t>(slice.datum_begin * 1000 + slice.datum_end));
+      composition = mix(mix(composition, slice.request), static_cast<std::uint64_t>(slice.datum_begin) * 1000 +
+                                                             static_cast<std::uint64_t>(slice.datum_end));
     }
     for (const auto& slice : batch.slices) execute(*head(slice.request), slice, composition);
     reply(wp::Lane::training, {0, wp::MicroBatchExecuted{batch}});
