@@ -28,7 +28,7 @@ def ours(args, batch, rank):
     # The prompt's forward gives the first token.
     command = [program, args.model, args.threads, batch, args.prompt, args.tokens - 1, rank]
     text = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True,
-                          env={**os.environ, "OMP_WAIT_POLICY": "passive"}).stdout
+                          env={**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}).stdout
     rate, prefill = re.search(r": ([\d.]+) tok/s.*prefill ([\d.]+) ms", text).groups()
     return batch * args.tokens / (batch * (args.tokens - 1) / float(rate) + float(prefill) / 1e3)
 

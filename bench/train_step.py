@@ -71,7 +71,7 @@ class Ours:
         program = Path(os.environ.get("HT_BENCH_BIN_DIR", ROOT / "build/release/bin")) / "bench_train_step"
         self.process = subprocess.Popen([program, directory, str(rank), str(threads), recompute, "2048"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True,
-                                        env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+                                        env={**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"})
         ready, *figures = self.process.stdout.readline().split()
         assert ready == "ready"
         self.loaded_mib, self.loading_peak_mib, self.plan_mib, self.plan_activations_mib = map(float, figures)

@@ -41,7 +41,7 @@ std::string describe_process() {
   for (int fd = 3; fd < 512; ++fd) {
     if (::fcntl(fd, F_GETFD) >= 0) open_files += std::to_string(fd) + " ";
   }
-  return variable("LD_LIBRARY_PATH") + "|" + variable("OMP_WAIT_POLICY") + "|" +
+  return variable("LD_LIBRARY_PATH") + "|" + variable("OMP_WAIT_POLICY") + " " + variable("GOMP_SPINCOUNT") + "|" +
          (::getpgrp() == ::getpid() ? "leader" : "member") + "|" + open_files;
 }
 

@@ -37,7 +37,7 @@ class WorkerGroup {
   ~WorkerGroup();
 
   // Throws Error(server) naming program and reason when it cannot be run. LD_LIBRARY_PATH gets HOSTED_TINKER_TORCH_LIB
-  // in front; OMP_WAIT_POLICY is passive unless set.
+  // in front; OMP_WAIT_POLICY is passive with a GOMP_SPINCOUNT of 3000, unless either is set.
   void start();
   // Queues a request on its lane's stream, in order. Lost if the process is gone: on_exit has come or will.
   void send(const worker_protocol::Request& request);

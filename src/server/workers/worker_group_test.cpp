@@ -83,7 +83,7 @@ TEST_F(WorkerGroupTest, EveryLaneAnswers) {
 TEST_F(WorkerGroupTest, ProcessIsSetUp) {
   ::setenv("HOSTED_TINKER_TORCH_LIB", "/torch/lib", 1);
   ::setenv("LD_LIBRARY_PATH", "/mine", 1);
-  ::unsetenv("OMP_WAIT_POLICY");
+  for (const char* name : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}) ::unsetenv(name);
   const int leak = ::socket(AF_INET, SOCK_STREAM, 0);  // not close-on-exec, as Asio's are
   start();
   ::unsetenv("HOSTED_TINKER_TORCH_LIB");
@@ -91,7 +91,7 @@ TEST_F(WorkerGroupTest, ProcessIsSetUp) {
   initialize("describe");
   run_until([this] { return replies_.size() == 2; });
   ::close(leak);
-  EXPECT_THAT(progress_text(0), StartsWith("/torch/lib:/mine|passive|leader|"));
+  EXPECT_THAT(progress_text(0), StartsWith("/torch/lib:/mine|passive 3000|leader|"));
   std::istringstream fds(progress_text(0).substr(progress_text(0).rfind('|') + 1));
   EXPECT_EQ(std::distance(std::istream_iterator<int>(fds), {}), 3) << progress_text(0);
 }
