@@ -9,13 +9,13 @@
 #include <chrono>
 #include <cstdlib>
 #include <ctime>
-#include <fstream>
 #include <iostream>
 #include <random>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "base/process_memory.h"
 #include "engine/runtime/adapter.h"
 #include "engine/runtime/base_model.h"
 #include "engine/training/trainer.h"
@@ -51,21 +51,8 @@ ht::engine::MicroBatchItem item_of(ht::engine::Adapter& adapter, const TrainBatc
   return item;
 }
 
-// VmHWM: getrusage's figure would include the parent's peak from before exec.
-double peak_rss_mib() {
-  std::ifstream stream("/proc/self/status");
-  std::string word;
-  while (stream >> word && word != "VmHWM:") continue;
-  double kib = 0;
-  stream >> kib;
-  return kib / 1024.0;
-}
-
-double rss_mib() {
-  std::ifstream stream("/proc/self/statm");
-  double total = 0, resident = 0;
-  stream >> total >> resident;
-  return resident * 4096 / (1 << 20);
+double mib(const char* name) {
+  return static_cast<double>(ht::memory_of_process(name)) / (1 << 20);
 }
 
 }  // namespace
@@ -94,8 +81,9 @@ int main(int argc, char** argv) {
   demand.copy_16_bits = model->has_16_bit_copy();
   const auto plan = ht::model_spec::plan_memory(model->spec(), demand);
   constexpr double kMiB = 1 << 20;
-  std::cout << "ready " << rss_mib() << ' ' << peak_rss_mib() << ' ' << static_cast<double>(plan.total()) / kMiB << ' '
-            << static_cast<double>(plan.activations + ht::model_spec::adapter_bytes(model->spec(), lora) / 6) / kMiB  // a batch's gradient
+  std::cout << "ready " << mib("VmRSS") << ' ' << mib("VmHWM") << ' ' << static_cast<double>(plan.total()) / kMiB << ' '
+            << static_cast<double>(plan.activations + ht::model_spec::adapter_bytes(model->spec(), lora) / 6) /
+                   kMiB  // a batch's gradient
             << std::endl;
 
   std::string line;
@@ -122,6 +110,6 @@ int main(int argc, char** argv) {
     }
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     const double processor = static_cast<double>(std::clock() - processor_start) / CLOCKS_PER_SEC;
-    std::cout << seconds.count() << ' ' << processor << ' ' << peak_rss_mib() << std::endl;
+    std::cout << seconds.count() << ' ' << processor << ' ' << mib("VmHWM") << std::endl;
   }
 }

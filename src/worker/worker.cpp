@@ -4,9 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
 
 #include "base/error.h"
+#include "base/process_memory.h"
 #include "worker/log.h"
 #include "worker/replies.h"
 
@@ -23,16 +23,6 @@ constexpr std::size_t kEarlyCancels = 4096;
 
 double seconds_since(steady_clock::time_point start) {
   return std::chrono::duration<double>(steady_clock::now() - start).count();
-}
-
-// "VmRSS:" or "VmHWM:" of this process, in bytes.
-std::uint64_t memory_of_process(const std::string& name) {
-  std::ifstream status("/proc/self/status");
-  std::string word;
-  while (status >> word && word != name) continue;
-  std::uint64_t kib = 0;
-  status >> kib;
-  return kib * 1024;
 }
 
 // A stream that breaks in the middle is as bad as one that closes: what comes next is unknown.
@@ -82,8 +72,8 @@ wp::StatusResult Worker::status() const {
   result.cache_blocks_free = counters_.blocks_free;
   result.micro_batches = counters_.micro_batches;
   result.decode_steps = counters_.steps;
-  result.rss_bytes = memory_of_process("VmRSS:");
-  result.peak_rss_bytes = memory_of_process("VmHWM:");
+  result.rss_bytes = memory_of_process("VmRSS");
+  result.peak_rss_bytes = memory_of_process("VmHWM");
   result.trained_tokens = counters_.trained_tokens;
   result.sampled_tokens = counters_.sampled_tokens;
   result.preemptions = counters_.preemptions;

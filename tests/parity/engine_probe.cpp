@@ -26,6 +26,7 @@
 #include <sstream>
 
 #include "base/error.h"
+#include "base/process_memory.h"
 #include "engine/device/cpu.h"
 #include "engine/device/cuda_library.h"
 #include "engine/sampling/step.h"
@@ -236,16 +237,6 @@ const Device& find_device(const std::string& name) {
   return *device;
 }
 
-// VmHWM: getrusage's figure would include the parent's peak from before exec.
-double peak_rss_mib() {
-  std::ifstream stream("/proc/self/status");
-  std::string word;
-  while (stream >> word && word != "VmHWM:") continue;
-  double kib = 0;
-  stream >> kib;
-  return kib / 1024.0;
-}
-
 int run(const char* model_dir, const char* job_file, const char* out_dir) {
   std::ifstream in(job_file);
   std::stringstream text;
@@ -283,10 +274,11 @@ int run(const char* model_dir, const char* job_file, const char* out_dir) {
     save_adapter_state(probe.adapters[i], probe.out / ("state" + std::to_string(i) + ".safetensors"));
   }
   safetensors::write_file(probe.out / "results.safetensors", probe.tensors);
-  std::ofstream(probe.out / "results.json") << json::serialize(json::object{{"calls", probe.calls},
-                                                                            {"metrics", probe.metrics},
-                                                                            {"generated", probe.generated},
-                                                                            {"peak_mib", peak_rss_mib()}});
+  std::ofstream(probe.out / "results.json")
+      << json::serialize(json::object{{"calls", probe.calls},
+                                      {"metrics", probe.metrics},
+                                      {"generated", probe.generated},
+                                      {"peak_mib", static_cast<double>(memory_of_process("VmHWM")) / (1 << 20)}});
   return 0;
 }
 

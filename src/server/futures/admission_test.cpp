@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include "base/logging.h"
 #include "server/futures/test_rig.h"
 
 namespace ht::futures::toy {
@@ -12,23 +11,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
-class AdmissionTest : public ::testing::Test {
+class AdmissionTest : public RigTest {
  protected:
-  AdmissionTest() {
-    spdlog::set_level(spdlog::level::off);
-    options_.dir = std::filesystem::path(::testing::TempDir()) / ("admission_test_" + std::to_string(::getpid()));
-    options_.dispatch.backoff_first = std::chrono::milliseconds(1);
-    std::filesystem::remove_all(options_.dir);
-  }
-  ~AdmissionTest() override {
-    rig_.reset();
-    std::filesystem::remove_all(options_.dir);
-  }
-  void start() {
-    rig_.reset();
-    rig_ = std::make_unique<Rig>(options_);
-  }
-  std::string submit(Submission submission) { return rig_->futures->submit(std::move(submission)).request_id; }
   // "": it was accepted.
   std::string refusal(Submission submission) {
     try {
@@ -38,9 +22,6 @@ class AdmissionTest : public ::testing::Test {
       return busy.what();
     }
   }
-
-  RigOptions options_;
-  std::unique_ptr<Rig> rig_;
 };
 
 TEST_F(AdmissionTest, TooManySamplesAreRefused) {

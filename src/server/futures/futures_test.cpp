@@ -1,3 +1,4 @@
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -10,7 +11,6 @@
 
 #include <fstream>
 
-#include "base/logging.h"
 #include "server/futures/test_rig.h"
 #include "server/futures/toy_adapter.h"
 
@@ -22,31 +22,12 @@ using std::chrono::milliseconds;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
-class FuturesTest : public ::testing::Test {
+class FuturesTest : public RigTest {
  protected:
-  FuturesTest() {
-    spdlog::set_level(spdlog::level::off);
-    options_.dir = std::filesystem::path(::testing::TempDir()) / ("futures_test_" + std::to_string(::getpid()));
-    options_.dispatch.backoff_first = milliseconds(1);
-    std::filesystem::remove_all(options_.dir);
-    start();
-  }
-  ~FuturesTest() override {
-    rig_.reset();
-    std::filesystem::remove_all(options_.dir);
-  }
-  void start() {
-    rig_.reset();
-    rig_ = std::make_unique<Rig>(options_);
-  }
-  std::string submit(Submission submission) { return rig_->futures->submit(std::move(submission)).request_id; }
-  std::string text(const std::string& id) { return rig_->text(id); }
+  FuturesTest() { start(); }
   bool ready() {
     return rig_->run([&] { return rig_->dispatch->status(kBase).state == dispatch::GroupState::ready; });
   }
-
-  RigOptions options_;
-  std::unique_ptr<Rig> rig_;
 };
 
 TEST_F(FuturesTest, RunsByNumberWhateverTheArrivalOrder) {

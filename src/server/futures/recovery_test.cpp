@@ -8,7 +8,6 @@
 
 #include <fstream>
 
-#include "base/logging.h"
 #include "server/futures/test_rig.h"
 #include "server/futures/toy_adapter.h"
 
@@ -20,25 +19,9 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
 
-class RecoveryTest : public ::testing::Test {
+class RecoveryTest : public RigTest {
  protected:
-  RecoveryTest() {
-    spdlog::set_level(spdlog::level::off);
-    options_.dir = std::filesystem::path(::testing::TempDir()) / ("recovery_test_" + std::to_string(::getpid()));
-    options_.dispatch.backoff_first = milliseconds(1);
-    options_.dispatch.backoff_max = milliseconds(5);
-    std::filesystem::remove_all(options_.dir);
-  }
-  ~RecoveryTest() override {
-    rig_.reset();
-    std::filesystem::remove_all(options_.dir);
-  }
-  void start() {
-    rig_.reset();
-    rig_ = std::make_unique<Rig>(options_);
-  }
-  std::string submit(Submission submission) { return rig_->futures->submit(std::move(submission)).request_id; }
-  std::string text(const std::string& id) { return rig_->text(id); }
+  RecoveryTest() { options_.dispatch.backoff_max = milliseconds(5); }
   // Kills the worker `times` times, each time once it is ready and has had time to begin.
   void kill_again_and_again(int times) {
     for (int i = 0; i < times; ++i) {
@@ -59,9 +42,6 @@ class RecoveryTest : public ::testing::Test {
     for (int i = 0; i < count; ++i) made.push_back({first, i});
     return made;
   }
-
-  RigOptions options_;
-  std::unique_ptr<Rig> rig_;
 };
 
 // Faults while a long request shares micro-batches with short ones that were answered: what was told stays true, in

@@ -1,8 +1,11 @@
 #include "server/futures/test_rig.h"
 
 #include <signal.h>
+#include <unistd.h>
 
 #include <fmt/format.h>
+
+#include "base/logging.h"
 
 namespace ht::futures::toy {
 
@@ -114,6 +117,24 @@ std::string Rig::text(const std::string& request_id) {
 void Rig::kill_worker() {
   const int pid = dispatch->status(kBase).pid;
   if (pid > 0) ::kill(pid, SIGKILL);
+}
+
+RigTest::RigTest() {
+  spdlog::set_level(spdlog::level::off);
+  const std::string suite = ::testing::UnitTest::GetInstance()->current_test_info()->test_suite_name();
+  options_.dir = std::filesystem::path(::testing::TempDir()) / (suite + std::to_string(::getpid()));
+  options_.dispatch.backoff_first = std::chrono::milliseconds(1);
+  std::filesystem::remove_all(options_.dir);
+}
+
+RigTest::~RigTest() {
+  rig_.reset();
+  std::filesystem::remove_all(options_.dir);
+}
+
+void RigTest::start() {
+  rig_.reset();
+  rig_ = std::make_unique<Rig>(options_);
 }
 
 Submission create(const std::string& model, std::uint64_t seed) {

@@ -6,6 +6,8 @@
 #include <boost/asio/detached.hpp>
 #include <boost/asio/io_context.hpp>
 
+#include <gtest/gtest.h>
+
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -48,6 +50,20 @@ class Rig {
   std::string text(const std::string& request_id);
   Poll poll_once(const std::string& request_id, std::chrono::milliseconds timeout = std::chrono::milliseconds(0));
   void kill_worker();
+};
+
+// A rig in a data directory of its own, which the end of the test removes. Tests may change options_ before start().
+class RigTest : public ::testing::Test {
+ protected:
+  RigTest();
+  ~RigTest() override;
+  // Ends the rig that runs, if one does, and starts one on the same directory.
+  void start();
+  std::string submit(Submission submission) { return rig_->futures->submit(std::move(submission)).request_id; }
+  std::string text(const std::string& id) { return rig_->text(id); }
+
+  RigOptions options_;
+  std::unique_ptr<Rig> rig_;
 };
 
 // Submissions of one model.

@@ -18,7 +18,7 @@ struct Parsed {
 
 Parsed parse(std::string_view coding, std::string_view body, std::size_t max_bytes) {
   std::string decoded;
-  if (coding != "" && coding != "identity") {
+  if (!coding.empty() && coding != "identity") {
     decoded = decode_content(coding, body, max_bytes);
     body = decoded;
   }

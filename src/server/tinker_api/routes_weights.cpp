@@ -9,7 +9,6 @@ namespace ht::tinker_api {
 namespace {
 
 using checkpoints::Kind;
-using checkpoints::TinkerPath;
 
 std::optional<std::int64_t> decode_ttl(const Fields& fields) {
   if (!fields.find("ttl_seconds")) return std::nullopt;
