@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "engine/runtime/test_checkpoint.h"
+#include "worker/test_batch.h"
 #include "worker_protocol/codec.h"
 #include "worker_protocol/messages.h"
 
@@ -128,22 +129,6 @@ class WorkerProcess {
   std::map<RequestId, std::size_t> lane_of_;
 };
 
-wp::ForwardBackward batch(const std::string& adapter, int datums, int length, int salt = 0, bool forward_only = false) {
-  wp::ForwardBackward request;
-  request.adapter = adapter;
-  request.forward_only = forward_only;
-  request.batch.cu_seqlens.push_back(0);
-  for (int i = 0; i < datums; ++i) {
-    for (int t = 0; t < length; ++t) {
-      request.batch.tokens.push_back((i * 5 + t * 3 + salt) % 31);
-      request.batch.targets.push_back((i * 5 + (t + 1) * 3 + salt) % 31);
-      request.batch.weights.push_back(1.0f);
-    }
-    request.batch.cu_seqlens.push_back(static_cast<std::int32_t>(request.batch.tokens.size()));
-    request.batch.target_width.push_back(1);
-  }
-  return request;
-}
 wp::OptimStep optim(const std::string& adapter) {
   return {adapter, {.learning_rate = 1e-2}};
 }

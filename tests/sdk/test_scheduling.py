@@ -42,11 +42,16 @@ def deep_server(tmp_path_factory):
     server.stop()
 
 
-def test_a_sample_waits_for_one_micro_batch(deep_server, connect):
-    service = connect(deep_server)
+def trainer_and_sampler(service):
+    """A training client, and a client of the base model that has sampled before."""
     client = service.create_lora_training_client(base_model=LLAMA, rank=8, seed=1).result()
     sampler = service.create_sampling_client(base_model=LLAMA).result()
     sample(sampler).result()
+    return client, sampler
+
+
+def test_a_sample_waits_for_one_micro_batch(deep_server, connect):
+    client, sampler = trainer_and_sampler(connect(deep_server))
     before = deep_server.micro_batches()
     # Each datum fills a micro-batch of the default 2,048 tokens.
     training = client.forward_backward([random_datum(n, 2000) for n in range(8)], loss_fn="cross_entropy")
@@ -60,10 +65,7 @@ def test_a_sample_waits_for_one_micro_batch(deep_server, connect):
 
 
 def test_a_long_datum_lets_samples_through_between_blocks(deep_server, connect):
-    service = connect(deep_server)
-    client = service.create_lora_training_client(base_model=LLAMA, rank=8, seed=1).result()
-    sampler = service.create_sampling_client(base_model=LLAMA).result()
-    sample(sampler).result()
+    client, sampler = trainer_and_sampler(connect(deep_server))
     before = deep_server.micro_batches()
     training = client.forward_backward([random_datum(1, 6000)], loss_fn="cross_entropy")
     counts = done_in_time(training, sampler, deep_server.micro_batches)
@@ -74,10 +76,7 @@ def test_a_long_datum_lets_samples_through_between_blocks(deep_server, connect):
 
 
 def test_a_cancel_is_answered_and_acts_within_a_micro_batch(deep_server, connect):
-    service = connect(deep_server)
-    client = service.create_lora_training_client(base_model=LLAMA, rank=8, seed=1).result()
-    sampler = service.create_sampling_client(base_model=LLAMA).result()
-    sample(sampler).result()
+    client, sampler = trainer_and_sampler(connect(deep_server))
     before = deep_server.micro_batches()
     training = client.forward_backward([random_datum(1, 6000)], loss_fn="cross_entropy")
     body = {

@@ -25,6 +25,15 @@ using ::testing::StartsWith;
 class FuturesTest : public RigTest {
  protected:
   FuturesTest() { start(); }
+  // After the data directory was moved.
+  void start_elsewhere() {
+    rig_.reset();
+    const auto from = options_.dir;
+    options_.dir += "_moved";
+    std::filesystem::remove_all(options_.dir);
+    std::filesystem::rename(from, options_.dir);
+    start();
+  }
   bool ready() {
     return rig_->run([&] { return rig_->dispatch->status(kBase).state == dispatch::GroupState::ready; });
   }
@@ -399,12 +408,8 @@ TEST_F(FuturesTest, TheDataDirectoryMayMove) {
   text(submit(publish("s:m", 5, "v", options_.dir / "versions" / "v")));
   const std::string sampled = text(submit(sample("s", 1, "v", options_.dir / "versions" / "v", 5, 1)));
   const auto parked = submit(save("s:m", 7, options_.dir / "staging" / "b"));
-  rig_.reset();
   const auto from = options_.dir;
-  options_.dir += "_moved";
-  std::filesystem::remove_all(options_.dir);
-  std::filesystem::rename(from, options_.dir);
-  start();
+  start_elsewhere();
   Adapter wanted = Adapter::fresh(7);
   wanted.backward(std::vector<std::int32_t>{1, 2});
   wanted.step(1);
@@ -426,12 +431,7 @@ TEST_F(FuturesTest, ASnapshotIsFoundInAMovedDataDirectory) {
     wanted.step(seq);
   }
   ASSERT_TRUE(rig_->run([&] { return !rig_->dispatch->snapshot_of(kBase).empty(); }));
-  rig_.reset();
-  const auto from = options_.dir;
-  options_.dir += "_moved";
-  std::filesystem::remove_all(options_.dir);
-  std::filesystem::rename(from, options_.dir);
-  start();
+  start_elsewhere();
   wanted.step(7);
   EXPECT_THAT(text(submit(step("s:m", 7, 7))), HasSubstr(fmt::format("w={:.0f} ", visible(wanted.w))));
 }
