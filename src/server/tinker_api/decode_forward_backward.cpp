@@ -85,15 +85,16 @@ class Decoder {
     out_.shapes.reserve(static_cast<std::size_t>(request_.data_size()));
   }
 
+  void check_known(const std::string& key, const std::string& name) const {
+    if (key == "target_tokens" || contains(spec_.required_inputs, key) || contains(spec_.optional_inputs, key)) return;
+    throw user_error(name + ": input \"" + key + "\" is unknown to loss " + std::string(spec_.name) + "; it takes " +
+                     joined(spec_));
+  }
+
   void add(const tinker_public::Datum& datum, const std::string& name) {
     const std::int64_t length = add_tokens(datum, name);
     const TargetShape shape = add_targets(datum, name, length);
-    for (const auto& [key, tensor] : datum.loss_fn_inputs()) {
-      if (key != "target_tokens" && !contains(spec_.required_inputs, key) && !contains(spec_.optional_inputs, key)) {
-        throw user_error(name + ": input \"" + key + "\" is unknown to loss " + std::string(spec_.name) +
-                         "; it takes " + joined(spec_));
-      }
-    }
+    for (const auto& [key, tensor] : datum.loss_fn_inputs()) check_known(key, name);
     for (const FloatInput& input : kFloatInputs) add_floats(datum, name, input, shape);
     if (spec_.requires_spans) check_spans(datum, name, length, std::string(spec_.name));
   }
@@ -130,8 +131,8 @@ class Decoder {
     }
     for (std::size_t i = begin; i < tokens.size(); ++i) {
       if (tokens[i] < 0 || tokens[i] >= model_.spec.vocab_size) {
-        throw user_error(name + ": model_input token [" + std::to_string(i - begin) + "] = " +
-                         std::to_string(tokens[i]) + " is outside the vocabulary [0, " +
+        throw user_error(name + ": model_input token [" + std::to_string(i - begin) +
+                         "] = " + std::to_string(tokens[i]) + " is outside the vocabulary [0, " +
                          std::to_string(model_.spec.vocab_size) + ")");
       }
     }
@@ -189,9 +190,9 @@ class Decoder {
       if (!values.empty()) values.resize(end, absent_value(input.name, out_.work.config));
       return;
     }
-    const TensorView view =
-        view_tensor(found->second, name + ": " + std::string(input.name), limits_.max_target_cells);
-    const bool same = view.rows == shape.n && std::max<std::int64_t>(view.cols, 1) == std::max<std::int64_t>(shape.k, 1);
+    const TensorView view = view_tensor(found->second, name + ": " + std::string(input.name), limits_.max_target_cells);
+    const bool same =
+        view.rows == shape.n && std::max<std::int64_t>(view.cols, 1) == std::max<std::int64_t>(shape.k, 1);
     if (!same || (view.cols == 0)) {
       const std::string wanted =
           shape.k == 0 ? std::to_string(shape.n) : std::to_string(shape.n) + ", " + std::to_string(shape.k);

@@ -39,17 +39,16 @@ std::vector<bool> tile(const Spans& spans, const std::string& name, std::int64_t
 void check_spans(const tinker_public::Datum& datum, const std::string& name, std::int64_t length,
                  const std::string& loss) {
   tile(datum.model_input_spans(), name + ": model_input_spans", length, loss);
-  const std::vector<bool> sampled =
-      tile(datum.loss_fn_input_spans(), name + ": loss_fn_input_spans", length, loss);
+  const std::vector<bool> sampled = tile(datum.loss_fn_input_spans(), name + ": loss_fn_input_spans", length, loss);
   const auto found = datum.loss_fn_inputs().find("advantages");
   if (found == datum.loss_fn_inputs().end()) return;
   std::vector<float> advantages;
   append_floats(view_tensor(found->second, name + ": advantages", length), advantages);
-  for (std::size_t i = 0; i < advantages.size(); ++i) {
-    if (advantages[i] != 0 && !sampled[i]) {
-      throw user_error(name + ": advantages[" + std::to_string(i) + "] = " + std::to_string(advantages[i]) +
-                       " stands on a prompt position; loss " + loss + " allows only 0 there");
-    }
+  std::size_t i = 0;
+  while (i < advantages.size() && (advantages[i] == 0 || sampled[i])) ++i;
+  if (i < advantages.size()) {
+    throw user_error(name + ": advantages[" + std::to_string(i) + "] = " + std::to_string(advantages[i]) +
+                     " stands on a prompt position; loss " + loss + " allows only 0 there");
   }
 }
 
