@@ -57,10 +57,18 @@ void multiply_columns(float* c, int64_t ldc, const float* a, int64_t lda, const 
     float* ci = c + i * ldc;
     const float* ai = a + i * lda;
     switch ((tile + 1) * rows / tiles - i) {
-      case 1: multiply_tile<V, 1, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate); break;
-      case 2: multiply_tile<V, 2, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate); break;
-      case 3: multiply_tile<V, 3, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate); break;
-      case 4: multiply_tile<V, 4, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate); break;
+      case 1:
+        multiply_tile<V, 1, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate);
+        break;
+      case 2:
+        multiply_tile<V, 2, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate);
+        break;
+      case 3:
+        multiply_tile<V, 3, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate);
+        break;
+      case 4:
+        multiply_tile<V, 4, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate);
+        break;
       case 5:
         if constexpr (V::kTileRows >= 5) multiply_tile<V, 5, kN>(ci, ldc, ai, lda, b, ldb, depth, count, accumulate);
         break;
@@ -99,8 +107,8 @@ void attend_tile(const HtPagedAttention& a, const HtQueryTile& tile, float* scra
   float sum[HT_ATTENTION_MAX_ROWS];
 
   for (int64_t i = 0; i < rows; ++i) {
-    const float* from = a.q + (tile.row_begin + i / tile.num_heads) * a.q_stride +
-                        (tile.head_begin + i % tile.num_heads) * dim;
+    const float* from =
+        a.q + (tile.row_begin + i / tile.num_heads) * a.q_stride + (tile.head_begin + i % tile.num_heads) * dim;
     for (int64_t d = 0; d < dim; ++d) q[i * dim + d] = from[d] * a.scale;
     for (int64_t d = 0; d < dim; ++d) o[i * dim + d] = 0.0f;
     max[i] = -INFINITY;
@@ -144,8 +152,8 @@ void attend_tile(const HtPagedAttention& a, const HtQueryTile& tile, float* scra
   }
 
   for (int64_t i = 0; i < rows; ++i) {
-    float* to = a.out + (tile.row_begin + i / tile.num_heads) * a.out_stride +
-                (tile.head_begin + i % tile.num_heads) * dim;
+    float* to =
+        a.out + (tile.row_begin + i / tile.num_heads) * a.out_stride + (tile.head_begin + i % tile.num_heads) * dim;
     const float inverse = 1.0f / sum[i];
     for (int64_t d = 0; d < dim; ++d) to[d] = o[i * dim + d] * inverse;
   }

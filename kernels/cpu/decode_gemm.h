@@ -1,8 +1,8 @@
 #pragma once
 
-// The skinny GEMM: dot products of rows of x with rows of W. A tile of W stays in the first-level cache while all rows of
-// x pass over it; at one row the time is that of reading W. Each element of y is one chain of vector fmas over k, in the
-// same order whatever tile it lies in.
+// The skinny GEMM: dot products of rows of x with rows of W. A tile of W stays in the first-level cache while all rows
+// of x pass over it; at one row the time is that of reading W. Each element of y is one chain of vector fmas over k, in
+// the same order whatever tile it lies in.
 
 #include <algorithm>
 
@@ -53,10 +53,18 @@ void skinny_columns(const HtSkinnyGemm& g, int64_t n_begin) {
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m_begin = tile * g.m / tiles;
     switch ((tile + 1) * g.m / tiles - m_begin) {
-      case 1: skinny_tile<V, 1, kN>(g, m_begin, n_begin); break;
-      case 2: skinny_tile<V, 2, kN>(g, m_begin, n_begin); break;
-      case 3: skinny_tile<V, 3, kN>(g, m_begin, n_begin); break;
-      case 4: skinny_tile<V, 4, kN>(g, m_begin, n_begin); break;
+      case 1:
+        skinny_tile<V, 1, kN>(g, m_begin, n_begin);
+        break;
+      case 2:
+        skinny_tile<V, 2, kN>(g, m_begin, n_begin);
+        break;
+      case 3:
+        skinny_tile<V, 3, kN>(g, m_begin, n_begin);
+        break;
+      case 4:
+        skinny_tile<V, 4, kN>(g, m_begin, n_begin);
+        break;
       case 5:
         if constexpr (V::kTileRows >= 5) skinny_tile<V, 5, kN>(g, m_begin, n_begin);
         break;

@@ -51,8 +51,8 @@ void ht_paged_attention(const HtPagedAttention* attention, const HtQueryTile* ti
                         int64_t tile_end) {
   const auto attend = has_avx512() ? attend_tile_avx512 : attend_tile_avx2;
   thread_local std::vector<float> scratch;
-  scratch.resize(static_cast<size_t>(HT_ATTENTION_MAX_ROWS *
-                                     (2 * attention->cache.head_dim + attention->cache.block_size)));
+  scratch.resize(
+      static_cast<size_t>(HT_ATTENTION_MAX_ROWS * (2 * attention->cache.head_dim + attention->cache.block_size)));
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) attend(*attention, tiles[tile], scratch.data());
 }
 

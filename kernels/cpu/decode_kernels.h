@@ -33,8 +33,8 @@ void ht_skinny_gemm(const HtSkinnyGemm* gemm, int64_t n_begin, int64_t n_end);
 
 // ---- GEMM with a weight in panels ------------------------------------------------------------------------------
 
-// A weight (n, k) in panels of HT_PANEL_COLUMNS columns of y, ht_panel_elements(n, k) elements; what lies beyond n or k is
-// zero. float32 and float16: [panel][k][column]; bfloat16: [panel][k / 2][column][k % 2].
+// A weight (n, k) in panels of HT_PANEL_COLUMNS columns of y, ht_panel_elements(n, k) elements; what lies beyond n or k
+// is zero. float32 and float16: [panel][k][column]; bfloat16: [panel][k / 2][column][k % 2].
 enum { HT_PANEL_COLUMNS = 32 };
 typedef enum { HT_WEIGHT_F32 = 0, HT_WEIGHT_BF16 = 1, HT_WEIGHT_F16 = 2 } HtWeightType;
 int64_t ht_panel_elements(int64_t n, int64_t k);
@@ -61,7 +61,8 @@ void ht_panel_gemm(const HtPanelGemm* gemm, int64_t panel_begin, int64_t panel_e
 
 // ---- paged attention -------------------------------------------------------------------------------------------
 
-// One layer's cache. Inside a block keys are stored transposed, so that scores of neighbouring positions are neighbours:
+// One layer's cache. Inside a block keys are stored transposed, so that scores of neighbouring positions are
+// neighbours:
 //   k [num_blocks][kv_heads][head_dim][block_size], v [num_blocks][kv_heads][block_size][head_dim].
 typedef struct {
   float* k;

@@ -70,8 +70,8 @@ void ht_norm_rope_forward(const float* in, int64_t in_stride, float* out, int64_
   }
 }
 
-void ht_norm_rope_backward(const float* dout, int64_t dout_stride, const float* in, int64_t in_stride,
-                           const float* cos, const float* sin, const float* norm_weight, const float* rstd, float* din,
+void ht_norm_rope_backward(const float* dout, int64_t dout_stride, const float* in, int64_t in_stride, const float* cos,
+                           const float* sin, const float* norm_weight, const float* rstd, float* din,
                            int64_t din_stride, int64_t heads, int64_t head_dim, int64_t row_begin, int64_t row_end) {
   const int64_t half = head_dim / 2;
   for (int64_t row = row_begin; row < row_end; ++row) {

@@ -22,8 +22,9 @@ struct TensorView {
   std::size_t bytes = 0;
 };
 
-// All tensors of a directory's model.safetensors or of the shards named by model.safetensors.index.json, mapped read-only;
-// or of one named file. Headers are validated: bounds, sizes, overlaps. Throws Error(user) naming file and tensor.
+// All tensors of a directory's model.safetensors or of the shards named by model.safetensors.index.json, mapped
+// read-only; or of one named file. Headers are validated: bounds, sizes, overlaps. Throws Error(user) naming file and
+// tensor.
 class Checkpoint {
  public:
   static Checkpoint open_directory(const std::filesystem::path& dir);

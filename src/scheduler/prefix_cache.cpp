@@ -27,7 +27,8 @@ std::optional<PrefixCache::Hit> PrefixCache::find(NodeId parent, std::span<const
 }
 
 PrefixCache::NodeId PrefixCache::insert(NodeId parent, std::span<const std::int32_t> tokens, BlockId block) {
-  const auto [entry, is_new] = nodes_.try_emplace(Key{parent, {tokens.begin(), tokens.end()}}, Node{next_id_, block, {}});
+  const auto [entry, is_new] =
+      nodes_.try_emplace(Key{parent, {tokens.begin(), tokens.end()}}, Node{next_id_, block, {}});
   if (is_new) {
     ++next_id_;
     allocator_.add_reference(block);

@@ -91,8 +91,8 @@ bool TrainQueue::may_begin(const TrainRequest& request) const {
 }
 
 bool TrainQueue::drained() const {
-  return replay_.empty() && std::none_of(fifos_.begin(), fifos_.end(),
-                                         [](const auto& entry) { return entry.second.front().started(); });
+  return replay_.empty() &&
+         std::none_of(fifos_.begin(), fifos_.end(), [](const auto& entry) { return entry.second.front().started(); });
 }
 
 // An op, or a batch to refuse.
@@ -102,8 +102,7 @@ bool TrainQueue::has_runnable_op(const std::string& adapter, const Fifo& fifo) c
 
 bool TrainQueue::has_runnable_batch(const std::string& adapter, const Fifo& fifo) const {
   const Pending& head = fifo.front();
-  return replay_.empty() && head.request.is_batch && can_train(adapter) &&
-         (head.started() || may_begin(head.request));
+  return replay_.empty() && head.request.is_batch && can_train(adapter) && (head.started() || may_begin(head.request));
 }
 
 // Whether every slice of the next replayed micro-batch is next in its adapter's queue.
@@ -121,7 +120,8 @@ bool TrainQueue::replay_ready() const {
       next_datum = 0;
     }
     if (index >= fifo.size() || fifo[index].request.id != slice.request) return false;
-    if (slice.datum_begin != next_datum || slice.datum_end <= next_datum || slice.datum_end > fifo[index].num_datums()) {
+    if (slice.datum_begin != next_datum || slice.datum_end <= next_datum ||
+        slice.datum_end > fifo[index].num_datums()) {
       throw server_error("the replay wants datums " + std::to_string(slice.datum_begin) + " to " +
                          std::to_string(slice.datum_end) + " of request " + std::to_string(slice.request) +
                          ", which has " + std::to_string(fifo[index].num_datums()) + " and has come to datum " +
@@ -174,8 +174,8 @@ TrainPlan TrainQueue::next_op() {
   return {};
 }
 
-// Takes the adapter's next datum if it may run now and fits. While long requests are held back, a request that begins is
-// taken whole.
+// Takes the adapter's next datum if it may run now and fits. While long requests are held back, a request that begins
+// is taken whole.
 bool TrainQueue::take_datum(const std::string& adapter, Composition& composition) {
   const Fifo& fifo = fifos_.at(adapter);
   std::size_t& index = composition.position[adapter];
@@ -224,9 +224,8 @@ TrainMicroBatch TrainQueue::compose() {
   TrainMicroBatch micro_batch;
   micro_batch.number = next_number_++;
   micro_batch.forward_only = composition.forward_only;
-  const auto denied = std::find_if(adapters.begin(), adapters.end(), [&](const std::string& adapter) {
-    return composition.slices[adapter].empty();
-  });
+  const auto denied = std::find_if(adapters.begin(), adapters.end(),
+                                   [&](const std::string& adapter) { return composition.slices[adapter].empty(); });
   batch_cursor_ = denied != adapters.end() ? *denied : adapters[adapters.size() > 1 ? 1 : 0];
   for (const std::string& adapter : adapters) {
     for (const TrainSlice& slice : composition.slices[adapter]) {

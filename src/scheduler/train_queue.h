@@ -55,8 +55,8 @@ class TrainQueue {
   void push(TrainRequest request);
   // Batches of adapters that are not live are refused when they reach the head.
   void set_live(const std::string& adapter, bool live);
-  // Nothing of the adapter runs until hold() has been taken back as often by release(): files are read for it, or written
-  // from its buffers. Not while a request of it is partly executed.
+  // Nothing of the adapter runs until hold() has been taken back as often by release(): files are read for it, or
+  // written from its buffers. Not while a request of it is partly executed.
   void hold(const std::string& adapter) { held_.insert(adapter); }
   void release(const std::string& adapter) { held_.erase(held_.find(adapter)); }
   // Compose exactly these before composing freely; their requests may still have to come.
@@ -66,9 +66,9 @@ class TrainQueue {
   void remove(RequestId id);
 
   // Draining: sees to it that drained(), no request is partly executed, comes true, without making others wait for the
-  // end of a long request. Ops and requests that fit into one micro-batch whole go on as ever, and so does an unfinished
-  // replay. Requests of several micro-batches are not begun, but for a bounded number of micro-batches; then they are,
-  // for as many, then they are not for twice as many, and so on.
+  // end of a long request. Ops and requests that fit into one micro-batch whole go on as ever, and so does an
+  // unfinished replay. Requests of several micro-batches are not begun, but for a bounded number of micro-batches; then
+  // they are, for as many, then they are not for twice as many, and so on.
   void set_draining(bool draining);
   bool drained() const;
 

@@ -11,10 +11,13 @@
 namespace ht::scheduler {
 namespace {
 
-TrainRequest batch(RequestId id, const std::string& adapter, std::vector<std::int32_t> tokens, bool forward_only = false) {
+TrainRequest batch(RequestId id, const std::string& adapter, std::vector<std::int32_t> tokens,
+                   bool forward_only = false) {
   return {id, adapter, true, forward_only, std::move(tokens)};
 }
-TrainRequest op(RequestId id, const std::string& adapter) { return {id, adapter, false, false, {}}; }
+TrainRequest op(RequestId id, const std::string& adapter) {
+  return {id, adapter, false, false, {}};
+}
 
 // Runs everything that is ready.
 std::vector<TrainPlan> run_all(TrainQueue& queue) {

@@ -21,7 +21,8 @@ std::string u32(std::uint32_t value) {
 }
 std::string table_bytes(const std::vector<std::string>& tokens) {
   std::string bytes = "HTTT" + u32(1) + u32(static_cast<std::uint32_t>(tokens.size()));
-  for (const std::string& token : tokens) bytes += std::string(1, '\0') + u32(static_cast<std::uint32_t>(token.size())) + token;
+  for (const std::string& token : tokens)
+    bytes += std::string(1, '\0') + u32(static_cast<std::uint32_t>(token.size())) + token;
   return bytes;
 }
 

@@ -22,7 +22,9 @@ std::uint32_t read_u32(const std::string& bytes, std::size_t at) {
 }  // namespace
 
 TokenTable TokenTable::read(const std::filesystem::path& file) {
-  const auto refuse = [&file](const std::string& what) { return user_error("token table " + file.string() + ": " + what); };
+  const auto refuse = [&file](const std::string& what) {
+    return user_error("token table " + file.string() + ": " + what);
+  };
   std::ifstream stream(file, std::ios::binary);
   if (!stream) throw refuse("the file cannot be opened");
   const std::string bytes((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());

@@ -1,6 +1,6 @@
 // Decoding speed: prefills PROMPT random tokens in each of BATCH sequences, then times STEPS decode steps.
-// Prints one line: tokens/s over the steps, milliseconds a step (median), processor milliseconds a step (all threads; it
-// tells most where other programs share the cores), milliseconds of the prefill.
+// Prints one line: tokens/s over the steps, milliseconds a step (median), processor milliseconds a step (all threads;
+// it tells most where other programs share the cores), milliseconds of the prefill.
 
 #include <algorithm>
 #include <chrono>
@@ -17,7 +17,9 @@
 
 namespace {
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 }  // namespace
 
@@ -78,6 +80,7 @@ int main(int argc, char** argv) {
   double total = 0;
   for (const double time : times) total += time;
   std::nth_element(times.begin(), times.begin() + steps / 2, times.end());
-  std::printf("batch %d rank %d: %.1f tok/s, %.2f ms/step (cpu %.2f), prefill %.1f ms\n", batch, rank, batch * steps / total,
-              times[static_cast<std::size_t>(steps / 2)] * 1e3, cpu / steps * 1e3, prefill * 1e3);
+  std::printf("batch %d rank %d: %.1f tok/s, %.2f ms/step (cpu %.2f), prefill %.1f ms\n", batch, rank,
+              batch * steps / total, times[static_cast<std::size_t>(steps / 2)] * 1e3, cpu / steps * 1e3,
+              prefill * 1e3);
 }

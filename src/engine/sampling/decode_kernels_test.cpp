@@ -92,7 +92,8 @@ TEST_P(SkinnyGemm, ARowsBitsDoNotDependOnTheOtherRows) {
   const std::vector<float> all = run(0, m);
   for (int i = 0; i < m; ++i) {
     const std::vector<float> alone = run(i, 1);
-    ASSERT_TRUE(std::equal(alone.begin(), alone.end(), all.begin() + static_cast<std::ptrdiff_t>(i) * n)) << "row " << i;
+    ASSERT_TRUE(std::equal(alone.begin(), alone.end(), all.begin() + static_cast<std::ptrdiff_t>(i) * n))
+        << "row " << i;
   }
 }
 
@@ -181,10 +182,12 @@ TEST_P(PagedAttentionKernel, EqualsSoftmaxInDouble) {
   const auto [avx512, c] = GetParam();
   if (avx512 && !ht::kernels::has_avx512()) GTEST_SKIP() << "no AVX-512";
   const int length = c.position + c.rows, blocks = (length + c.block_size - 1) / c.block_size;
-  const std::size_t kv = static_cast<std::size_t>(c.kv_heads) * c.dim, q_width = static_cast<std::size_t>(c.heads) * c.dim;
+  const std::size_t kv = static_cast<std::size_t>(c.kv_heads) * c.dim,
+                    q_width = static_cast<std::size_t>(c.heads) * c.dim;
   const std::vector<float> k = random_values(length * kv, 1), v = random_values(length * kv, 2);
   const std::vector<float> q = random_values(c.rows * q_width, 3);
-  // Blocks in shuffled places of a larger cache that is full of NaN: what was not stored must not be read into a result.
+  // Blocks in shuffled places of a larger cache that is full of NaN: what was not stored must not be read into a
+  // result.
   std::vector<std::int32_t> table(2 * blocks);
   for (int i = 0; i < 2 * blocks; ++i) table[i] = i;
   std::shuffle(table.begin(), table.end(), std::mt19937(4));
@@ -220,7 +223,8 @@ TEST_P(PagedAttentionKernel, EqualsSoftmaxInDouble) {
       for (int j = first; j <= position; ++j) {
         double score = 0;
         for (int d = 0; d < c.dim; ++d) {
-          score += double{q[row * q_width + static_cast<std::size_t>(head) * c.dim + d]} * double{k[j * kv + kv_head + d]};
+          score +=
+              double{q[row * q_width + static_cast<std::size_t>(head) * c.dim + d]} * double{k[j * kv + kv_head + d]};
         }
         weights.push_back(std::exp(score / std::sqrt(static_cast<double>(c.dim))));
         sum += weights.back();
@@ -237,13 +241,13 @@ TEST_P(PagedAttentionKernel, EqualsSoftmaxInDouble) {
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, PagedAttentionKernel,
-    testing::Combine(testing::Bool(), testing::Values(AttentionCase{9, 3, 64, 16, 0, 0, 1},      // a first token
-                                                      AttentionCase{9, 3, 64, 16, 0, 100, 1},    // decoding
-                                                      AttentionCase{9, 3, 64, 16, 0, 37, 10},    // a chunk after a prefix
-                                                      AttentionCase{4, 4, 20, 16, 0, 0, 32},     // odd head_dim
-                                                      AttentionCase{8, 1, 32, 5, 0, 13, 3},      // odd block size
-                                                      AttentionCase{4, 2, 16, 16, 7, 40, 12},    // sliding window
-                                                      AttentionCase{4, 2, 16, 32, 40, 20, 16},   // window over the start
+    testing::Combine(testing::Bool(), testing::Values(AttentionCase{9, 3, 64, 16, 0, 0, 1},    // a first token
+                                                      AttentionCase{9, 3, 64, 16, 0, 100, 1},  // decoding
+                                                      AttentionCase{9, 3, 64, 16, 0, 37, 10},  // a chunk after a prefix
+                                                      AttentionCase{4, 4, 20, 16, 0, 0, 32},   // odd head_dim
+                                                      AttentionCase{8, 1, 32, 5, 0, 13, 3},    // odd block size
+                                                      AttentionCase{4, 2, 16, 16, 7, 40, 12},  // sliding window
+                                                      AttentionCase{4, 2, 16, 32, 40, 20, 16},  // window over the start
                                                       AttentionCase{32, 1, 128, 16, 0, 50, 1})));
 
 TEST(RowSums, EqualTheSumInDouble) {

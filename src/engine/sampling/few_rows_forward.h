@@ -12,9 +12,9 @@
 
 namespace ht::engine {
 
-// The forward pass of a batch of few rows, decoding above all: the same arithmetic as forward_hidden and logits_out, but
-// one parallel region for all layers, without a tensor operation. At few rows a layer takes some hundred microseconds, of
-// which dispatch, allocation and the waking of threads for each operation would be a large part.
+// The forward pass of a batch of few rows, decoding above all: the same arithmetic as forward_hidden and logits_out,
+// but one parallel region for all layers, without a tensor operation. At few rows a layer takes some hundred
+// microseconds, of which dispatch, allocation and the waking of threads for each operation would be a large part.
 class FewRowsForward {
  public:
   static constexpr std::int64_t kMaxRows = 32;

@@ -24,8 +24,8 @@ void append_logits_rows(const StepRow& row, std::size_t step_row, std::int64_t p
 // Sizes every array of `result` for `row`.
 void prepare_result(const StepRow& row, StepRowResult& result);
 
-// Draws and scores from one row's logits (of the whole vocabulary) into its places of `result`. Rows of one step may run
-// on several threads. Returns false when the logits are not finite.
+// Draws and scores from one row's logits (of the whole vocabulary) into its places of `result`. Rows of one step may
+// run on several threads. Returns false when the logits are not finite.
 bool fill_result(const StepRow& row, const LogitsRow& where, std::span<const float> logits, StepRowResult& result);
 
 }  // namespace ht::engine

@@ -47,10 +47,11 @@ std::unique_ptr<BaseModel> make_model(const Shape& shape) {
   std::filesystem::create_directories(dir);
   std::ofstream(dir / "config.json") << R"({"architectures": [")" << shape.architecture << R"("], "model_type": ")"
                                      << shape.model_type << R"(", "hidden_act": "silu", "hidden_size": )" << kHidden
-                                     << R"(, "intermediate_size": )" << kInner << R"(, "num_hidden_layers": )" << kLayers
-                                     << R"(, "num_attention_heads": )" << shape.heads << R"(, "num_key_value_heads": )"
-                                     << shape.kv_heads << R"(, "head_dim": )" << shape.head_dim << R"(, "vocab_size": )"
-                                     << kVocab << R"(, "max_position_embeddings": 512, "rms_norm_eps": 1e-6)"
+                                     << R"(, "intermediate_size": )" << kInner << R"(, "num_hidden_layers": )"
+                                     << kLayers << R"(, "num_attention_heads": )" << shape.heads
+                                     << R"(, "num_key_value_heads": )" << shape.kv_heads << R"(, "head_dim": )"
+                                     << shape.head_dim << R"(, "vocab_size": )" << kVocab
+                                     << R"(, "max_position_embeddings": 512, "rms_norm_eps": 1e-6)"
                                      << R"(, "rope_theta": 10000.0, "tie_word_embeddings": )"
                                      << (shape.tied ? "true" : "false") << shape.extra << "}";
   std::map<std::string, std::vector<std::int64_t>> shapes;
@@ -78,7 +79,8 @@ std::unique_ptr<BaseModel> make_model(const Shape& shape) {
   std::vector<safetensors::TensorToWrite> tensors;
   for (const auto& [name, dims] : shapes) {
     std::vector<float>& values = data[name];
-    values.resize(static_cast<std::size_t>(std::accumulate(dims.begin(), dims.end(), std::int64_t{1}, std::multiplies<>())));
+    values.resize(
+        static_cast<std::size_t>(std::accumulate(dims.begin(), dims.end(), std::int64_t{1}, std::multiplies<>())));
     const float mean = name.find("norm") != std::string::npos ? 1.0f : 0.0f;
     for (float& value : values) {
       value = mean + normal(random);
@@ -123,8 +125,8 @@ std::vector<std::vector<double>> trainer_logprobs(const BaseModel& model, const 
   AdapterView view;
   if (adapter != nullptr) view = make_adapter_view(cpu_device(), *adapter);
   const LoraSegment segment{0, static_cast<std::int64_t>(tokens.size()), adapter != nullptr ? &view : nullptr};
-  const at::Tensor hidden = run_blocks(model.impl().model, {tokens, positions, cu}, {&segment, 1}, nullptr, nullptr,
-                                       Recompute::none, {});
+  const at::Tensor hidden =
+      run_blocks(model.impl().model, {tokens, positions, cu}, {&segment, 1}, nullptr, nullptr, Recompute::none, {});
   const at::Tensor all = logits(model, hidden, {&segment, 1}).to(at::kDouble).div(temperature).log_softmax(-1);
   std::vector<std::vector<double>> rows;
   for (std::int64_t i = 0; i < all.size(0); ++i) {
@@ -147,7 +149,8 @@ struct Sequence {
   StepRow row(int count) {
     StepRow row;
     row.adapter = adapter;
-    row.tokens = std::span<const std::int32_t>(tokens).subspan(static_cast<std::size_t>(cached), static_cast<std::size_t>(count));
+    row.tokens = std::span<const std::int32_t>(tokens).subspan(static_cast<std::size_t>(cached),
+                                                               static_cast<std::size_t>(count));
     row.position = cached;
     row.block_table = table;
     row.params = &params;
@@ -157,7 +160,8 @@ struct Sequence {
   }
 };
 
-Sequence make_sequence(const AdapterWeights* adapter, std::vector<std::int32_t> tokens, std::vector<std::int32_t> table) {
+Sequence make_sequence(const AdapterWeights* adapter, std::vector<std::int32_t> tokens,
+                       std::vector<std::int32_t> table) {
   Sequence sequence;
   sequence.adapter = adapter;
   sequence.tokens = std::move(tokens);
@@ -242,8 +246,7 @@ TEST_P(Families, DecodingEqualsTheTrainersForward) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Families, testing::ValuesIn(kShapes),
-                         [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, Families, testing::ValuesIn(kShapes), [](const auto& info) { return info.param.name; });
 
 class Steps : public testing::Test {
  protected:
@@ -251,8 +254,8 @@ class Steps : public testing::Test {
   SamplingEngine engine_{*model_, 64, kBlock};
 };
 
-// Twelve sequences of two adapters and the base, interleaved, prefilling and decoding in the same batches, give what each
-// gives alone.
+// Twelve sequences of two adapters and the base, interleaved, prefilling and decoding in the same batches, give what
+// each gives alone.
 TEST_F(Steps, TheBatchChangesNothing) {
   const AdapterWeights a = make_adapter(*model_, 8, 1), b = make_adapter(*model_, 16, 2);
   const AdapterWeights* adapters[] = {&a, nullptr, &b};

@@ -5,9 +5,9 @@
 
 namespace ht::engine {
 
-// Threads of one parallel region that go through the same phases: the tasks of a phase are handed out one by one, and no
-// thread enters the next phase before all tasks are done. Between phases a thread spins for some microseconds, a fraction
-// of what waking it costs, before it sleeps.
+// Threads of one parallel region that go through the same phases: the tasks of a phase are handed out one by one, and
+// no thread enters the next phase before all tasks are done. Between phases a thread spins for some microseconds, a
+// fraction of what waking it costs, before it sleeps.
 class ThreadTeam {
  public:
   explicit ThreadTeam(int threads) : threads_(threads) {}

@@ -26,9 +26,9 @@ bool better(const std::pair<float, std::int32_t>& a, const std::pair<float, std:
 }  // namespace
 
 double draw_unit(std::uint64_t seed, std::int32_t position, std::int32_t index, DrawStream stream) {
-  const auto words = philox4x32({static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(index),
-                                 static_cast<std::uint32_t>(stream), 0},
-                                seed);
+  const auto words = philox4x32(
+      {static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(index), static_cast<std::uint32_t>(stream), 0},
+      seed);
   const std::uint64_t bits = (std::uint64_t{words[0]} << 32 | words[1]) >> 11;
   return static_cast<double>(bits) * 0x1.0p-53;
 }

@@ -14,8 +14,8 @@ enum class DrawStream : std::uint32_t { sample = 0, alternative = 1 };
 // the drawn token in its sequence, index, stream, 0).
 double draw_unit(std::uint64_t seed, std::int32_t position, std::int32_t index, DrawStream stream);
 
-// One row of logits as a distribution over tokens: softmax(logits / temperature), restricted to the top_k tokens and then
-// to the smallest set of the most probable ones whose share of what is left reaches top_p, as transformers'
+// One row of logits as a distribution over tokens: softmax(logits / temperature), restricted to the top_k tokens and
+// then to the smallest set of the most probable ones whose share of what is left reaches top_p, as transformers'
 // TopKLogitsWarper and TopPLogitsWarper in this order; ties go to the lower token. Temperature 0 is greedy.
 class TokenDistribution {
  public:
@@ -28,15 +28,15 @@ class TokenDistribution {
   std::int32_t draw(double unit) const;
   // log-softmax of logits / temperature (temperature 0: of the logits), before top_k and top_p.
   float logprob(std::int32_t token) const;
-  // The k most probable tokens, best first, with logprob(): token_ids [k], logprobs [k]. Cells beyond the vocabulary are
-  // undefined cells of worker_protocol::TopkLogprobs.
+  // The k most probable tokens, best first, with logprob(): token_ids [k], logprobs [k]. Cells beyond the vocabulary
+  // are undefined cells of worker_protocol::TopkLogprobs.
   void top(std::int32_t k, std::int32_t* token_ids, float* logprobs) const;
 
  private:
   using Candidate = std::pair<float, std::int32_t>;  // logit, token
 
-  // The `count` best tokens (at least as many, unless share stops it earlier), best first; or as many as make up `share`
-  // of the whole.
+  // The `count` best tokens (at least as many, unless share stops it earlier), best first; or as many as make up
+  // `share` of the whole.
   std::vector<Candidate> best(std::int64_t count, double share) const;
 
   std::span<const float> logits_;
@@ -45,10 +45,10 @@ class TokenDistribution {
   bool truncated_ = false;
   float max_ = 0;
   float inverse_temperature_ = 1;
-  double total_ = 0;                   // sum of exp((logit - max) / temperature)
+  double total_ = 0;  // sum of exp((logit - max) / temperature)
   double log_total_ = 0;
-  std::vector<double> block_sums_;     // of HT_SUM_BLOCK tokens each
-  std::vector<std::int32_t> kept_;     // what top_k and top_p leave, best first
+  std::vector<double> block_sums_;  // of HT_SUM_BLOCK tokens each
+  std::vector<std::int32_t> kept_;  // what top_k and top_p leave, best first
   std::vector<double> kept_cumulative_;
 };
 

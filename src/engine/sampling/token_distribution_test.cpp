@@ -88,10 +88,11 @@ TEST_P(Draws, FollowTheDistribution) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Settings, Draws,
-                         testing::Values(Case{50, 1.0f, -1, 1.0f}, Case{1000, 1.0f, -1, 1.0f}, Case{1000, 0.5f, -1, 1.0f},
-                                         Case{1000, 2.0f, 0, 1.0f}, Case{1000, 1.0f, 20, 1.0f},
-                                         Case{1000, 1.0f, -1, 0.7f}, Case{1000, 1.3f, 50, 0.8f},
-                                         Case{300, 1.0f, 5000, 0.95f}, Case{257, 1.0f, 2, 1.0f}));
+                         testing::Values(Case{50, 1.0f, -1, 1.0f}, Case{1000, 1.0f, -1, 1.0f},
+                                         Case{1000, 0.5f, -1, 1.0f}, Case{1000, 2.0f, 0, 1.0f},
+                                         Case{1000, 1.0f, 20, 1.0f}, Case{1000, 1.0f, -1, 0.7f},
+                                         Case{1000, 1.3f, 50, 0.8f}, Case{300, 1.0f, 5000, 0.95f},
+                                         Case{257, 1.0f, 2, 1.0f}));
 
 TEST(TokenDistribution, LogprobIsBeforeTruncation) {
   const std::vector<float> logits = random_logits(3000, 3);

@@ -23,11 +23,12 @@ using asio::awaitable;
 namespace {
 
 constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
-constexpr std::size_t kIdleReadBytes = 2048;         // what an idle connection holds ready
-// Of a refused body, for on_refused_body: a zstd frame gives nothing before its first block, of up to 128 KiB, is whole.
+constexpr std::size_t kIdleReadBytes = 2048;  // what an idle connection holds ready
+// Of a refused body, for on_refused_body: a zstd frame gives nothing before its first block, of up to 128 KiB, is
+// whole.
 constexpr std::size_t kRefusedHeadBytes = 192 << 10;
-constexpr std::size_t kBodyStepBytes = 64 << 10;     // the least and
-constexpr std::size_t kBodyStepMax = 4 << 20;        // the most that a body grows by at once
+constexpr std::size_t kBodyStepBytes = 64 << 10;  // the least and
+constexpr std::size_t kBodyStepMax = 4 << 20;     // the most that a body grows by at once
 
 // A body of `bytes` at 1 MiB a second is slow, but not stuck; a day bounds what a promised length can ask for.
 std::chrono::seconds with_transfer_time(std::chrono::seconds base, std::uint64_t bytes) {

@@ -25,8 +25,8 @@ struct Limits {
   std::int64_t max_target_cells = std::int64_t{1} << 25;   // of one request, after a CSR tensor became dense
   std::int64_t max_result_cells = std::int64_t{1} << 26;   // (token, logprob) pairs that a sample may return: 512 MiB
   int max_num_samples = 1024;
-  int max_topk = 1024;              // topk_*_logprobs and prompt_alt_tokens_k
-  int max_stops = 64;               // stop strings, or stop tokens
+  int max_topk = 1024;                // topk_*_logprobs and prompt_alt_tokens_k
+  int max_stops = 64;                 // stop strings, or stop tokens
   std::size_t max_stop_bytes = 1024;  // of one stop string
   std::chrono::milliseconds poll_hold{30000};
 };

@@ -148,7 +148,8 @@ TEST(NumberScan, ProtobufNoiseNeverCrashes) {
 }
 
 TEST(NumberScan, JsonCutAnywhere) {
-  const std::string text = R"({"adam_params": {"eps": 1e-8}, "model_id" : "s:train:0", "seq_id": 12, "type": "optim_step"})";
+  const std::string text =
+      R"({"adam_params": {"eps": 1e-8}, "model_id" : "s:train:0", "seq_id": 12, "type": "optim_step"})";
   const std::size_t needed = text.find("12,") + 3;
   for (std::size_t cut = 0; cut <= text.size(); ++cut) {
     const auto number = scan_json_number(std::string_view(text).substr(0, cut));

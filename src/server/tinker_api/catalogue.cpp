@@ -46,8 +46,8 @@ const ServedModel& Catalogue::served(std::string_view name) const {
   for (const ServedModel& model : models_) {
     for (const std::string& known : model.names) names += (names.empty() ? "" : ", ") + known;
   }
-  throw user_error("base model \"" + std::string(name) + "\" is not served here; served: " +
-                   (names.empty() ? "none" : names));
+  throw user_error("base model \"" + std::string(name) +
+                   "\" is not served here; served: " + (names.empty() ? "none" : names));
 }
 
 }  // namespace ht::tinker_api

@@ -13,7 +13,7 @@ struct ServedModel {
   std::vector<std::string> names;  // the first is the one shown; the others are aliases
   std::string base_dir;            // canonical directory
   model_spec::ModelSpec spec;
-  int max_seq_len = 0;             // tokens of a datum, or of prompt and answer together
+  int max_seq_len = 0;  // tokens of a datum, or of prompt and answer together
 };
 
 class Catalogue {

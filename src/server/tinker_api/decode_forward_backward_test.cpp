@@ -126,8 +126,7 @@ TEST(DecodeForwardBackward, MatricesDenseAndSparseAreEqual) {
   // Their patterns differ: unlisted cells are 0.
   put(*message.mutable_data(0), "target_tokens",
       csr(std::vector<std::int64_t>{2, 9, 3}, {0, 1, 3, 3}, {0, 0, 1}, 3, 2));
-  put(*message.mutable_data(0), "weights",
-      csr(std::vector<float>{0.5f, 0, -1, 2}, {0, 2, 4, 4}, {0, 1, 0, 1}, 3, 2));
+  put(*message.mutable_data(0), "weights", csr(std::vector<float>{0.5f, 0, -1, 2}, {0, 2, 4, 4}, {0, 1, 0, 1}, 3, 2));
   EXPECT_EQ(decode(message).work.batch, full.work.batch);
 }
 
@@ -369,7 +368,10 @@ TEST(ParseForwardBackward, NoiseIsRefusedOrDecodedButNeverCrashes) {
 
 TEST(ParseForwardBackward, UnknownFieldsAreSkipped) {
   // Field 200, of length 3.
-  const std::string bytes = two_datums().SerializeAsString() + std::string("\xc2\x0c\x03" "abc", 6);
+  const std::string bytes = two_datums().SerializeAsString() + std::string(
+                                                                   "\xc2\x0c\x03"
+                                                                   "abc",
+                                                                   6);
   EXPECT_THAT(parse_forward_backward(bytes)->data_size(), 2);
 }
 

@@ -24,7 +24,8 @@ std::vector<std::int32_t> prompt_tokens(const Fields& body, const ServedModel& m
       throw user_error("image chunks are not supported by this model");
     }
     if (type == "dmel") throw user_error("audio (dmel) chunks are not supported by this model");
-    if (type != "encoded_text") throw user_error("prompt chunk type \"" + type + "\" is unknown; allowed: encoded_text");
+    if (type != "encoded_text")
+      throw user_error("prompt chunk type \"" + type + "\" is unknown; allowed: encoded_text");
     append_int32(chunk.get("tokens"), "prompt token", 0, model.spec.vocab_size - 1, tokens);
   }
   if (tokens.empty()) throw user_error("the prompt is empty: at least one token is needed");
@@ -118,19 +119,20 @@ void check_cells(const Sample& work, const ServedModel& model, const Limits& lim
   const auto length = static_cast<std::int64_t>(work.prompt.size());
   const std::int64_t max_tokens =
       work.params.max_tokens > 0 ? work.params.max_tokens : std::max<std::int64_t>(model.max_seq_len - length, 1);
-  const std::int64_t per_prompt_token = std::int64_t{work.prompt_logprobs} + work.topk_prompt_logprobs +
-                                        work.target_width + work.prompt_alt_tokens_k;
-  const std::int64_t cells = length * per_prompt_token +
-                             work.num_samples * max_tokens * (1 + std::int64_t{work.topk_sample_logprobs});
+  const std::int64_t per_prompt_token =
+      std::int64_t{work.prompt_logprobs} + work.topk_prompt_logprobs + work.target_width + work.prompt_alt_tokens_k;
+  const std::int64_t cells =
+      length * per_prompt_token + work.num_samples * max_tokens * (1 + std::int64_t{work.topk_sample_logprobs});
   if (cells <= limits.max_result_cells) return;
-  throw user_error("the request may return " + std::to_string(cells) + " tokens with logprobs, at most " +
-                   std::to_string(limits.max_result_cells) + " are allowed: num_samples = " +
-                   std::to_string(work.num_samples) + " times max_tokens = " + std::to_string(max_tokens) +
-                   (work.params.max_tokens > 0 ? "" : " (the rest of the context)") + " times 1 + topk_sample_logprobs = " +
-                   std::to_string(work.topk_sample_logprobs) + ", and for each of " + std::to_string(length) +
-                   " prompt tokens topk_prompt_logprobs = " + std::to_string(work.topk_prompt_logprobs) +
-                   ", target_prompt_logprobs' width = " + std::to_string(work.target_width) +
-                   " and prompt_alt_tokens_k = " + std::to_string(work.prompt_alt_tokens_k));
+  throw user_error(
+      "the request may return " + std::to_string(cells) + " tokens with logprobs, at most " +
+      std::to_string(limits.max_result_cells) + " are allowed: num_samples = " + std::to_string(work.num_samples) +
+      " times max_tokens = " + std::to_string(max_tokens) +
+      (work.params.max_tokens > 0 ? "" : " (the rest of the context)") +
+      " times 1 + topk_sample_logprobs = " + std::to_string(work.topk_sample_logprobs) + ", and for each of " +
+      std::to_string(length) + " prompt tokens topk_prompt_logprobs = " + std::to_string(work.topk_prompt_logprobs) +
+      ", target_prompt_logprobs' width = " + std::to_string(work.target_width) +
+      " and prompt_alt_tokens_k = " + std::to_string(work.prompt_alt_tokens_k));
 }
 
 void decode_targets(const Fields& body, const ServedModel& model, const Limits& limits, DecodedSample& out) {

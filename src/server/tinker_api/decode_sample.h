@@ -15,7 +15,8 @@ struct DecodedSample {
   bool sparse_targets = false;   // the request's target_prompt_logprobs was CSR: so must the answer be
 };
 
-// Validates an asample body against the model. An absent seed becomes `drawn_seed`. Throws Error(user) with the numbers.
+// Validates an asample body against the model. An absent seed becomes `drawn_seed`. Throws Error(user) with the
+// numbers.
 DecodedSample decode_sample(const json::object& body, const ServedModel& model, const Limits& limits,
                             std::uint64_t drawn_seed);
 

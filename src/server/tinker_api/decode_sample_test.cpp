@@ -85,9 +85,7 @@ TEST(DecodeSample, PromptAndAnswerShareTheContext) {
 }
 
 TEST(DecodeSample, EveryWrongPromptIsNamed) {
-  const auto prompt = [](const std::string& value) {
-    return refusal([&] { decode("\"prompt\": " + value); });
-  };
+  const auto prompt = [](const std::string& value) { return refusal([&] { decode("\"prompt\": " + value); }); };
   EXPECT_THAT(refusal([] { decode(""); }), HasSubstr("prompt.chunks"));
   EXPECT_THAT(prompt("\"text\""), HasSubstr("\"text\""));
   EXPECT_THAT(prompt(R"({"chunks": 5})"), AllOf(HasSubstr("chunks"), HasSubstr("5")));
@@ -151,18 +149,22 @@ TEST(DecodeSample, WhatIsReturnedIsBounded) {
   };
   const std::string many = R"("num_samples": 1024, "topk_sample_logprobs": 10, )";
   EXPECT_EQ(decode_for(many + params(R"("max_tokens": 5000)")).work.topk_sample_logprobs, 10);
-  EXPECT_THAT(refusal([&] { decode_for(many + params(R"("max_tokens": 60000)")); }),
-              AllOf(HasSubstr("675840000"), HasSubstr("67108864"), HasSubstr("1024"), HasSubstr("60000"), HasSubstr("10")));
+  EXPECT_THAT(
+      refusal([&] { decode_for(many + params(R"("max_tokens": 60000)")); }),
+      AllOf(HasSubstr("675840000"), HasSubstr("67108864"), HasSubstr("1024"), HasSubstr("60000"), HasSubstr("10")));
   EXPECT_THAT(refusal([&] { decode_for(R"("num_samples": 1024, )" + params(R"("max_tokens": 70000)")); }),
               AllOf(HasSubstr("71680000"), HasSubstr("70000")));
   EXPECT_THAT(refusal([&] { decode_for(R"("num_samples": 1000)"); }), HasSubstr("max_tokens = 99997"));
   Limits narrow;
   narrow.max_result_cells = 100;
-  const std::string wide = targets(R"("shape": [2, 40], "data": [0)" + [] {
-    std::string rest;
-    for (int i = 1; i < 80; ++i) rest += ", 0";
-    return rest;
-  }() + "]") + ", " + params(R"("max_tokens": 1)");
+  const std::string wide = targets(R"("shape": [2, 40], "data": [0)" +
+                                   [] {
+                                     std::string rest;
+                                     for (int i = 1; i < 80; ++i) rest += ", 0";
+                                     return rest;
+                                   }() +
+                                   "]") +
+                           ", " + params(R"("max_tokens": 1)");
   EXPECT_THAT(refused(wide, narrow), AllOf(HasSubstr("121"), HasSubstr("100"), HasSubstr("width = 40")));
 }
 
@@ -180,12 +182,12 @@ TEST(DecodeSample, TargetsDenseAndSparse) {
   EXPECT_THAT(dense.work.prompt_targets, ElementsAre(5, -1, -1, 7));
   EXPECT_EQ(dense.work.target_width, 2);
   EXPECT_FALSE(dense.sparse_targets);
-  const DecodedSample sparse = with(targets(
-      R"("data": [5, 7], "shape": [2, 2], "sparse_crow_indices": [0, 1, 2], "sparse_col_indices": [0, 1])"));
+  const DecodedSample sparse = with(
+      targets(R"("data": [5, 7], "shape": [2, 2], "sparse_crow_indices": [0, 1, 2], "sparse_col_indices": [0, 1])"));
   EXPECT_THAT(sparse.work.prompt_targets, ElementsAre(5, -1, -1, 7));
   EXPECT_TRUE(sparse.sparse_targets);
-  const DecodedSample none = with(targets(
-      R"("data": [], "shape": [2, 2], "sparse_crow_indices": [0, 0, 0], "sparse_col_indices": [])"));
+  const DecodedSample none =
+      with(targets(R"("data": [], "shape": [2, 2], "sparse_crow_indices": [0, 0, 0], "sparse_col_indices": [])"));
   EXPECT_THAT(none.work.prompt_targets, ElementsAre(-1, -1, -1, -1));
 }
 
@@ -202,7 +204,8 @@ TEST(DecodeSample, EveryWrongTargetIsNamed) {
            {R"("data": [5, 100], "shape": [2, 1])", "100"},
            {R"("data": [5, -2], "shape": [2, 1])", "-2"},
            {R"("data": [5], "shape": [2, 2], "sparse_crow_indices": [0, 1, 1])", "sparse_col_indices"},
-           {R"("data": [5], "shape": [2, 2], "sparse_crow_indices": [0, 1], "sparse_col_indices": [0])", "row pointers"},
+           {R"("data": [5], "shape": [2, 2], "sparse_crow_indices": [0, 1], "sparse_col_indices": [0])",
+            "row pointers"},
            {R"("data": [5], "shape": [2, 2], "sparse_crow_indices": [0, 1, 1], "sparse_col_indices": [2])", "[0, 2)"},
            {R"("data": [-1], "shape": [2, 2], "sparse_crow_indices": [0, 1, 1], "sparse_col_indices": [0])", "-1"}}) {
     EXPECT_THAT(refused(targets(wrong.fields)), AllOf(HasSubstr("target_prompt_logprobs"), HasSubstr(wrong.named)))

@@ -194,7 +194,8 @@ std::string rfc3339(std::chrono::system_clock::time_point time) {
   char text[32];
   const std::size_t length = std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &utc);
   char fraction[16];
-  std::snprintf(fraction, sizeof fraction, ".%06dZ", static_cast<int>(micros - static_cast<std::int64_t>(seconds) * 1000000));
+  std::snprintf(fraction, sizeof fraction, ".%06dZ",
+                static_cast<int>(micros - static_cast<std::int64_t>(seconds) * 1000000));
   return std::string(text, length) + fraction;
 }
 

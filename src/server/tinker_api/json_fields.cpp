@@ -10,8 +10,8 @@ namespace {
 std::optional<std::int64_t> as_integer(const json::value& value) {
   if (value.is_int64()) return value.get_int64();
   // 2^63 is the first double beyond the range.
-  if (value.is_double() && value.get_double() == std::floor(value.get_double()) &&
-      value.get_double() >= -0x1p63 && value.get_double() < 0x1p63) {
+  if (value.is_double() && value.get_double() == std::floor(value.get_double()) && value.get_double() >= -0x1p63 &&
+      value.get_double() < 0x1p63) {
     return static_cast<std::int64_t>(value.get_double());
   }
   return std::nullopt;

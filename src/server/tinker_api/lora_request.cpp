@@ -21,7 +21,7 @@ model_spec::LoraConfig decode_lora_config(const Fields& body) {
   }
   lora.rank = static_cast<int>(rank);
   const json::value* seed = fields.find("seed");
-  lora.seed = !seed                ? draw_seed()
+  lora.seed = !seed               ? draw_seed()
               : seed->is_uint64() ? seed->get_uint64()
                                   : static_cast<std::uint64_t>(fields.integer("seed"));
   lora.train_attn = fields.boolean("train_attn", true);

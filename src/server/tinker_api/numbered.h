@@ -22,13 +22,14 @@ struct Numbered {
   futures::Submission submission;  // all but context, work and failure
 };
 
-// Looks the model up. Throws HttpError 404 for an unknown model, Error(user) for a bad number or a session that is over.
+// Looks the model up. Throws HttpError 404 for an unknown model, Error(user) for a bad number or a session that is
+// over.
 Numbered begin_numbered(Context& context, futures::Operation operation, const std::string& model_id,
                         std::int64_t seq_id, std::string fingerprint);
 
-// Submits; an Error(user) that `build` throws becomes the failed future of a valid number. `build` sets work and context.
-http::Response submit_numbered(Context& context, Numbered numbered,
-                               const std::function<void(Numbered&)>& build);
+// Submits; an Error(user) that `build` throws becomes the failed future of a valid number. `build` sets work and
+// context.
+http::Response submit_numbered(Context& context, Numbered numbered, const std::function<void(Numbered&)>& build);
 
 // The two above for a JSON body.
 http::Response numbered_json(Context& context, const http::Request& request, futures::Operation operation,

@@ -90,10 +90,8 @@ http::Response list_checkpoints(Context& context, const http::Request& request) 
   const std::int64_t limit = query_integer(request, "limit", 100, 0, kMaxPage);
   const std::int64_t offset = query_integer(request, "offset", 0, 0, kMaxOffset);
   std::size_t total = 0;
-  const auto list =
-      context.checkpoints.list(static_cast<std::size_t>(limit), static_cast<std::size_t>(offset), &total);
-  return json_response(
-      json::object{{"checkpoints", checkpoints_json(list)}, {"cursor", cursor(limit, offset, total)}});
+  const auto list = context.checkpoints.list(static_cast<std::size_t>(limit), static_cast<std::size_t>(offset), &total);
+  return json_response(json::object{{"checkpoints", checkpoints_json(list)}, {"cursor", cursor(limit, offset, total)}});
 }
 
 // The path that {run}, {kind} and {name} stand for.

@@ -70,10 +70,8 @@ http::Response capabilities(Context& context, const http::Request&) {
   json::array models;
   for (const ServedModel& model : context.catalogue.models()) {
     for (const std::string& name : model.names) {
-      models.push_back(json::object{{"model_name", name},
-                                    {"max_context_length", model.max_seq_len},
-                                    {"trainable", true},
-                                    {"sampleable", true}});
+      models.push_back(json::object{
+          {"model_name", name}, {"max_context_length", model.max_seq_len}, {"trainable", true}, {"sampleable", true}});
     }
   }
   return json_response(json::object{{"supported_models", std::move(models)}});

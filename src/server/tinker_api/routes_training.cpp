@@ -55,8 +55,9 @@ Decoded decode(const Message& message, const ServedModel& served, const Limits& 
 awaitable<http::Response> forward_backward(Context& context, const http::Request& request) {
   if (request.header("content-type").find("json") != std::string_view::npos) {
     consume_refused(context, request);
-    throw user_error("forward_backward takes application/x-protobuf; JSON bodies are of tinker SDK 0.24 and older: "
-                     "upgrade the tinker package");
+    throw user_error(
+        "forward_backward takes application/x-protobuf; JSON bodies are of tinker SDK 0.24 and older: "
+        "upgrade the tinker package");
   }
   const std::string_view coding = request.header("content-encoding");
   // A few bytes of zstd can stand for many: such bodies never inflate on the io thread.
@@ -75,12 +76,10 @@ awaitable<http::Response> forward_backward(Context& context, const http::Request
   }
   const Message& message = *parsed.message;
   if (message.seq_id() == 0) throw user_error("seq_id is missing (or 0); the first request of a model has number 1");
-  const auto operation =
-      message.forward_only() ? futures::Operation::forward : futures::Operation::forward_backward;
+  const auto operation = message.forward_only() ? futures::Operation::forward : futures::Operation::forward_backward;
   Numbered numbered = begin_numbered(context, operation, message.model_id(), message.seq_id(), parsed.fingerprint);
   const ServedModel& served = *numbered.served;
-  Decoded decoded =
-      co_await offload(context, parsed.bytes, [&] { return decode(message, served, context.limits); });
+  Decoded decoded = co_await offload(context, parsed.bytes, [&] { return decode(message, served, context.limits); });
   // The session may have ended while the pool was at work.
   active_session(context, numbered.model.session_id);
   numbered.submission.context = std::move(decoded.context);

@@ -30,11 +30,12 @@ void build_save(Context& context, Numbered& own, const Fields& fields, Kind kind
   saved.user_metadata = fields.text_map("user_metadata");
   // Sent again after its end: the first answer stands, and nobody would clear another staging directory away.
   const auto there = context.checkpoints.find(saved.path);
-  if (there && there->request_id == saved.key) throw user_error(saved.path.str() + " was saved by this request already");
+  if (there && there->request_id == saved.key)
+    throw user_error(saved.path.str() + " was saved by this request already");
   context.checkpoints.check_free(saved.path, saved.overwrite, saved.key);
   own.submission.context = saved.serialize();
-  own.submission.work = worker_protocol::SaveAdapter{own.model.id, context.checkpoints.stage(saved.key).string(),
-                                                     kind == Kind::weights};
+  own.submission.work =
+      worker_protocol::SaveAdapter{own.model.id, context.checkpoints.stage(saved.key).string(), kind == Kind::weights};
 }
 
 void build_ephemeral(Context& context, Numbered& own, const Fields& fields) {
@@ -47,25 +48,24 @@ void build_ephemeral(Context& context, Numbered& own, const Fields& fields) {
 }
 
 http::Response save_weights(Context& context, const http::Request& request) {
-  return numbered_json(context, request, futures::Operation::save_weights, [&](Numbered& own, const Fields& fields) {
-    build_save(context, own, fields, Kind::weights);
-  });
+  return numbered_json(context, request, futures::Operation::save_weights,
+                       [&](Numbered& own, const Fields& fields) { build_save(context, own, fields, Kind::weights); });
 }
 
 http::Response save_weights_for_sampler(Context& context, const http::Request& request) {
-  return numbered_json(
-      context, request, futures::Operation::save_weights_for_sampler, [&](Numbered& own, const Fields& fields) {
-        const std::string kind = fields.optional_text("kind").value_or("snapshot");
-        // In flight, a sampler may run with its own save's weights or newer ones: its own are enough.
-        if (kind != "snapshot" && kind != "inflight") {
-          throw user_error("kind = \"" + kind + "\"; allowed: snapshot, inflight");
-        }
-        if (fields.find("path")) {
-          build_save(context, own, fields, Kind::sampler_weights);
-        } else {
-          build_ephemeral(context, own, fields);
-        }
-      });
+  return numbered_json(context, request, futures::Operation::save_weights_for_sampler,
+                       [&](Numbered& own, const Fields& fields) {
+                         const std::string kind = fields.optional_text("kind").value_or("snapshot");
+                         // In flight, a sampler may run with its own save's weights or newer ones: its own are enough.
+                         if (kind != "snapshot" && kind != "inflight") {
+                           throw user_error("kind = \"" + kind + "\"; allowed: snapshot, inflight");
+                         }
+                         if (fields.find("path")) {
+                           build_save(context, own, fields, Kind::sampler_weights);
+                         } else {
+                           build_ephemeral(context, own, fields);
+                         }
+                       });
 }
 
 checkpoints::Checkpoint loadable(Context& context, const Fields& fields, bool with_optimizer) {
@@ -112,7 +112,8 @@ void build_load(Context& context, Numbered& own, const Fields& fields) {
   }
   if (have.train_attn != want.train_attn || have.train_mlp != want.train_mlp ||
       have.train_unembed != want.train_unembed) {
-    throw user_error(checkpoint.path.str() + " trains other layers (train_attn, train_mlp, train_unembed) than the model");
+    throw user_error(checkpoint.path.str() +
+                     " trains other layers (train_attn, train_mlp, train_unembed) than the model");
   }
   own.submission.context = json::serialize(json::object{{"path", checkpoint.path.str()}});
   own.submission.work = worker_protocol::LoadAdapter{own.model.id, checkpoint.dir.string(), with_optimizer};

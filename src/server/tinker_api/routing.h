@@ -48,8 +48,7 @@ boost::asio::awaitable<std::invoke_result_t<Work>> offload(Context& context, std
   using Result = std::invoke_result_t<Work>;
   co_return co_await boost::asio::co_spawn(
       context.decode_pool.get_executor(),
-      [](Work run) -> boost::asio::awaitable<Result> { co_return run(); }(std::move(work)),
-      boost::asio::use_awaitable);
+      [](Work run) -> boost::asio::awaitable<Result> { co_return run(); }(std::move(work)), boost::asio::use_awaitable);
 }
 
 // The session, if it goes on: 404 for an unknown one, 400 for one that is over.

@@ -95,8 +95,9 @@ void check_csr(const std::string& name, std::int64_t rows, std::int64_t cols, st
                std::span<const std::int64_t> crow, std::span<const std::int64_t> col) {
   if (static_cast<std::int64_t>(crow.size()) != rows + 1 || static_cast<std::int64_t>(col.size()) != num_values) {
     throw user_error(name + ": a CSR tensor of " + std::to_string(rows) + " rows and " + std::to_string(num_values) +
-                     " values needs " + std::to_string(rows + 1) + " row pointers and as many column indices as values; got " +
-                     std::to_string(crow.size()) + " and " + std::to_string(col.size()));
+                     " values needs " + std::to_string(rows + 1) +
+                     " row pointers and as many column indices as values; got " + std::to_string(crow.size()) +
+                     " and " + std::to_string(col.size()));
   }
   if (crow.front() != 0 || crow.back() != num_values) {
     throw user_error(name + ": CSR row pointers must go from 0 to the number of values, " + std::to_string(num_values) +
@@ -186,7 +187,8 @@ void append_tokens(const TensorView& tensor, std::int64_t vocab_size, std::vecto
   };
   switch (tensor.dtype) {
     case tinker_public::DTYPE_INT64:
-      return for_each_value(tensor, [&](std::int64_t i) { return load<std::int64_t>(tensor.values, i); }, store);
+      return for_each_value(
+          tensor, [&](std::int64_t i) { return load<std::int64_t>(tensor.values, i); }, store);
     case tinker_public::DTYPE_INT32:
       return for_each_value(
           tensor, [&](std::int64_t i) -> std::int64_t { return load<std::int32_t>(tensor.values, i); }, store);
@@ -204,13 +206,17 @@ void append_floats(const TensorView& tensor, std::vector<float>& out) {
   const auto store = [&](std::int64_t cell, float value) {
     if (!std::isfinite(value)) {
       throw user_error("NonFiniteInTensor: " + tensor.name + position(tensor, cell) + " is " +
-                       (std::isnan(value) ? "NaN" : value > 0 ? "inf" : "-inf") + "; every value must be finite");
+                       (std::isnan(value) ? "NaN"
+                        : value > 0       ? "inf"
+                                          : "-inf") +
+                       "; every value must be finite");
     }
     out[base + static_cast<std::size_t>(cell)] = value;
   };
   switch (tensor.dtype) {
     case tinker_public::DTYPE_FLOAT32:
-      return for_each_value(tensor, [&](std::int64_t i) { return load<float>(tensor.values, i); }, store);
+      return for_each_value(
+          tensor, [&](std::int64_t i) { return load<float>(tensor.values, i); }, store);
     case tinker_public::DTYPE_BFLOAT16:
       return for_each_value(
           tensor, [&](std::int64_t i) { return bfloat16(load<std::uint16_t>(tensor.values, i)); }, store);
