@@ -1,5 +1,6 @@
 import pytest
 
+from client_exit import pytest_sessionfinish, pytest_unconfigure  # noqa: F401
 from hosted_tinker import embedded_model
 from server import Server
 

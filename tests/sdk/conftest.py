@@ -4,6 +4,7 @@ import pytest
 import tinker
 
 import models
+from client_exit import pytest_sessionfinish, pytest_unconfigure  # noqa: F401
 from server import Server
 
 LLAMA = "test/tiny-llama"
