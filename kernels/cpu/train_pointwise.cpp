@@ -35,10 +35,11 @@ void ht_logsumexp(const float* logits, int64_t vocab, float* lse, int64_t row_be
     const float* __restrict x = logits + row * vocab;
     float max = x[0];
     for (int64_t j = 1; j < vocab; ++j) max = x[j] > max ? x[j] : max;
-    // Partial sums bound the rounding error over a large vocabulary.
+    // Partial sums bound the rounding error over a large vocabulary, also where the compiler does not vectorise them.
+    constexpr int64_t kBlock = 256;
     double total = 0.0;
-    for (int64_t begin = 0; begin < vocab; begin += 4096) {
-      const int64_t end = begin + 4096 < vocab ? begin + 4096 : vocab;
+    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+      const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
       float sum = 0.0f;
       for (int64_t j = begin; j < end; ++j) sum += fast_exp(x[j] - max);
       total += sum;
